@@ -1,0 +1,239 @@
+"""The pipeline, free of Lightning: probes, targets and methods in, attributions and records out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_segxai.baselines import Baseline
+from lightning_segxai.explain import explain
+from lightning_segxai.focus.base import FocusMetric, ShiftMetric
+from lightning_segxai.focus.overlap import dice
+from lightning_segxai.guard import undisturbed
+from lightning_segxai.methods.base import AttributionMethod, LookMethod
+from lightning_segxai.passes import Here, Trajectory
+from lightning_segxai.scored import Outputs, Predictor
+from lightning_segxai.targets import Target
+from lightning_segxai.values import Attribution, Probe, Record, Status
+from lightning_segxai.windows import as_shape
+
+
+def examine(
+    net: nn.Module,
+    probes: Sequence[Probe],
+    targets: Mapping[str, Target],
+    methods: Mapping[str, AttributionMethod],
+    *,
+    window: int | tuple[int, int, int] | None = None,
+    overlap: float = 0.5,
+    outputs: Outputs | None = None,
+    threshold: float = 0.5,
+    logits: Callable[[Any], Tensor] | None = None,
+    looks_per_pass: int | Literal["auto"] = "auto",
+    seed: int = 0,
+) -> list[Attribution]:
+    """Explain a network on probes, for every target and method; the network is left as it was.
+
+    Args:
+        net: Any network from ``b c i j k`` to logits ``b classes i j k``.
+        probes: The volumes.
+        targets: What to explain, by name.
+        methods: How, by name.
+        window: Edges of sliding windows in voxels; None takes probes whole.
+        overlap: Share of a window that the next one covers again.
+        outputs: ``softmax`` or ``sigmoid``; None: one channel is sigmoid, more are softmax.
+        threshold: Probability from which a class counts as predicted.
+        logits: From the network's output to full-resolution logits, where it cannot be guessed.
+        looks_per_pass: Windows that go through the network at once.
+        seed: Seed of all noise.
+
+    Returns:
+        One attribution for each probe, target and method, in this order. An empty region gives the
+        status ``empty``, a region that needs a label the probe lacks ``unsupported``, a NaN
+        ``nonfinite``; the map is then NaN.
+
+    Raises:
+        ValueError: for a layer, class, window or name that cannot be.
+    """
+    predictor = Predictor(
+        net,
+        None if window is None else as_shape(window, "window"),
+        overlap,
+        outputs,
+        threshold,
+        logits,
+        looks_per_pass,
+    )
+    with undisturbed(net, seed):
+        return [
+            attribution
+            for probe in probes
+            for attribution in explain(predictor, probe, targets, methods, seed=seed)
+        ]
+
+
+def measure(
+    attributions: Iterable[Attribution], metrics: Mapping[str, FocusMetric], *, run: str = ""
+) -> list[Record]:
+    """Measure maps, each by every metric, and the probes themselves.
+
+    Args:
+        attributions: The maps.
+        metrics: Focus metrics, by name.
+        run: The training run, for the records.
+
+    Returns:
+        For each probe `dice` (where it has a label); for each target its `region_voxels`; for each
+        map the metrics, and `completeness_error` and `cancellation` where it has the axiom. A
+        metric that cannot be had is ``unsupported``, of a map of zeros ``empty``, of a map that
+        failed as the map is.
+    """
+    rows: list[Record] = []
+    seen: set[tuple[str, ...]] = set()
+    for attribution in attributions:
+        probe = attribution.probe
+        if (probe.name,) not in seen and probe.label is not None:
+            seen.add((probe.name,))
+            overlap = dice(attribution.prediction, probe.label)
+            rows.append(_record(run, attribution, "dice", "1", overlap, of="probe"))
+        if (probe.name, attribution.target) not in seen:
+            seen.add((probe.name, attribution.target))
+            size = float(attribution.region.sum())
+            rows.append(_record(run, attribution, "region_voxels", "voxel", size, of="target"))
+        axiom = {
+            "completeness_error": attribution.completeness_error,
+            "cancellation": attribution.cancellation,
+        }
+        rows += [
+            _record(run, attribution, name, "1", value)
+            for name, value in axiom.items()
+            if value is not None
+        ]
+        rows += [
+            _measured(run, attribution, name, metric.unit, partial(metric.measure, attribution))
+            for name, metric in metrics.items()
+        ]
+    return rows
+
+
+def measure_shifts(
+    attribution: Attribution,
+    references: Mapping[str, Attribution],
+    shifts: Mapping[str, ShiftMetric],
+    *,
+    run: str = "",
+) -> list[Record]:
+    """Measure how far a map moved from each of the earlier maps of its cell.
+
+    Args:
+        attribution: The map.
+        references: Earlier maps by name, such as ``first``, ``previous``, ``best``.
+        shifts: Shift metrics, by name.
+        run: The training run, for the records.
+
+    Returns:
+        One record for each metric and reference, named ``metric/reference``.
+    """
+    return [
+        _measured(
+            run,
+            attribution,
+            f"{name}/{which}",
+            metric.unit,
+            partial(metric.measure, attribution, reference),
+        )
+        for which, reference in references.items()
+        for name, metric in shifts.items()
+    ]
+
+
+def _measured(
+    run: str, attribution: Attribution, name: str, unit: str, metric: Callable[[], float | None]
+) -> Record:
+    if attribution.status != "ok":
+        return _record(run, attribution, name, unit, math.nan, attribution.status)
+    if not bool(attribution.values.any()):
+        return _record(run, attribution, name, unit, math.nan, "empty")
+    value = metric()
+    if value is None:
+        return _record(run, attribution, name, unit, math.nan, "unsupported")
+    return _record(run, attribution, name, unit, value)
+
+
+def _record(
+    run: str,
+    attribution: Attribution,
+    metric: str,
+    unit: str,
+    value: float,
+    status: Status = "ok",
+    of: Literal["probe", "target", "map"] = "map",
+) -> Record:
+    if status == "ok" and not math.isfinite(value):
+        value, status = math.nan, "nonfinite"
+    return Record(
+        run=run,
+        epoch=attribution.epoch,
+        step=attribution.step,
+        probe=attribution.probe.name,
+        fingerprint=attribution.probe.fingerprint,
+        target="" if of == "probe" else attribution.target,
+        method=attribution.method if of == "map" else "",
+        layer=attribution.layer if of == "map" else "",
+        metric=metric,
+        unit=unit,
+        value=value,
+        status=status,
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Windows sent through the network."""
+
+    forward: int
+    backward: int
+
+    @property
+    def passes(self) -> int:
+        """Both together."""
+        return self.forward + self.backward
+
+
+def cost(
+    predictor: Predictor,
+    probes: Iterable[Probe],
+    targets: Mapping[str, Target],
+    methods: Mapping[str, AttributionMethod],
+) -> Cost:
+    """What explaining these probes takes; less where a region turns out empty.
+
+    Every distinct trajectory costs a forward pass for each of its points, and a backward pass for
+    each point and target. The prediction is the look at the volume itself, or, by several windows,
+    a forward pass of its own. Each distinct baseline of a method with the completeness axiom costs
+    one more forward pass. Each is times the number of windows. The one pass that finds out what a
+    new network accepts is not in it.
+    """
+    forward = backward = 0
+    for probe in probes:
+        i, j, k = probe.shape
+        windows = len(predictor.windows(probe.shape).places)
+        walks: set[Trajectory] = set()
+        baselines: set[Baseline] = set()
+        alone = 0
+        for method in methods.values():
+            if isinstance(method, LookMethod) and method.trajectory is not None:
+                walks.add(method.trajectory)
+            if method.reference is not None:
+                baselines.add(method.reference)
+            alone += method.extra_passes((i, j, k), windows)
+        points = sum(walk.count for walk in walks)
+        predicted = 0 if Here() in walks and windows == 1 else 1
+        forward += windows * (points + predicted + len(baselines)) + alone * len(targets)
+        backward += windows * points * len(targets)
+    return Cost(forward, backward)

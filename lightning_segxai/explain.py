@@ -1,0 +1,296 @@
+"""One probe explained: every distinct trajectory walked once, for all targets and methods on it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_segxai.baselines import Baseline
+from lightning_segxai.methods.base import AttributionMethod, LookMethod, MapInMaking
+from lightning_segxai.passes import Here, Look, Trajectory, resolve_layer, walk
+from lightning_segxai.scored import Predictor, ScoredModel
+from lightning_segxai.targets import Target, voxels
+from lightning_segxai.values import (
+    Attribution,
+    Logits,
+    Map,
+    Probe,
+    Status,
+    UnsupportedError,
+    checked_name,
+)
+
+Failure = Callable[[str, str, str, Exception], None]
+"""Told of each cell that failed: probe, target, method, and the exception."""
+
+
+def explain(
+    predictor: Predictor,
+    probe: Probe,
+    targets: Mapping[str, Target],
+    methods: Mapping[str, AttributionMethod],
+    *,
+    seed: int = 0,
+    failed: Failure | None = None,
+) -> list[Attribution]:
+    """Explain one probe; to be called inside `guard.undisturbed`.
+
+    Args:
+        predictor: The network.
+        probe: The volume.
+        targets: What to explain, by name.
+        methods: How, by name.
+        seed: Seed of all noise.
+        failed: Told of failures, which become attributions of status ``failed``; None lets the
+            first one out.
+
+    Returns:
+        One attribution for each target and method, in this order.
+    """
+    for name in (*targets, *methods):
+        checked_name(name, "target or method")
+    return _Explanation(predictor, probe, targets, methods, seed, failed).run()
+
+
+@dataclass(eq=False)
+class _Cell:
+    """One map to be had, or why there is none."""
+
+    target: str
+    name: str
+    method: AttributionMethod
+    values: Map | None = None
+    layer: str = ""
+    seconds: float = 0.0
+    status: Status = "ok"
+    reason: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether its map is still to be made."""
+        return self.status == "ok" and self.values is None
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """Where its method looks; None where it walks by itself."""
+        return self.method.trajectory if isinstance(self.method, LookMethod) else None
+
+
+@dataclass(eq=False)
+class _Explanation:
+    """All that is known while one probe is explained."""
+
+    predictor: Predictor
+    probe: Probe
+    targets: Mapping[str, Target]
+    methods: Mapping[str, AttributionMethod]
+    seed: int
+    failed: Failure | None
+    logits: Logits | None = None
+    models: dict[str, ScoredModel] = field(default_factory=dict)
+    references: dict[Baseline, Logits] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.x = self.probe.image.detach().to(self.predictor.device)
+        self.windows = self.predictor.windows(self.x.shape[1:])
+        self.cells = [
+            _Cell(target, name, method)
+            for target in self.targets
+            for name, method in self.methods.items()
+        ]
+
+    def run(self) -> list[Attribution]:
+        """Predict, aim every target, walk every trajectory; then the methods that walk alone."""
+        for cell in self.cells:
+            self._try([cell], partial(self._resolve, cell))
+        walks: dict[Trajectory, list[_Cell]] = {}
+        for cell in self.cells:
+            if cell.trajectory is not None:
+                walks.setdefault(cell.trajectory, []).append(cell)
+        here = walks.get(Here(), [])
+        if here and len(self.windows.places) == 1:
+            # A look at the whole volume itself is the prediction too.
+            self._try(here, partial(self._walk, Here(), here))
+        if self.logits is None:
+            self._try(self.cells, self._predict)
+        for trajectory, cells in walks.items():
+            self._try(cells, partial(self._walk, trajectory, cells))
+        for cell in self.cells:
+            self._try([cell], partial(self._alone, cell))
+        return [self._attribution(cell) for cell in self.cells]
+
+    def _try(self, cells: list[_Cell], work: Callable[[], None]) -> None:
+        """Do the work, if any cell is open; a failure is that of the cells that are."""
+        if not any(cell.open for cell in cells):
+            return
+        try:
+            work()
+        except Exception as error:  # a method is anybody's code: what it raises is told and kept
+            if self.failed is None:
+                raise
+            for cell in cells:
+                if cell.open:
+                    cell.status, cell.reason = "failed", f"{type(error).__name__}: {error}"
+                    self.failed(self.probe.name, cell.target, cell.name, error)
+
+    def _resolve(self, cell: _Cell) -> None:
+        """Find the cell's layer, so that a wrong name fails by itself."""
+        if cell.method.layer:
+            window = self.x[(slice(None), *self.windows.places[0])]
+            rehearsal = self.predictor.rehearse(window)
+            cell.layer = resolve_layer(self.predictor, rehearsal, cell.method.layer)
+
+    def _predict(self) -> None:
+        self._aim(self.predictor.predict(self.x))
+
+    def _aim(self, logits: Logits) -> None:
+        """Fix every target on the prediction."""
+        self.logits = logits
+        for name in self.targets:
+            cells = [cell for cell in self.cells if cell.target == name]
+            self._try(cells, partial(self._aim_at, name, cells, logits))
+
+    def _aim_at(self, name: str, cells: list[_Cell], logits: Logits) -> None:
+        target = self.targets[name]
+        try:
+            model = ScoredModel.aim(self.predictor, self.probe, target, logits, self.seed)
+        except UnsupportedError as error:
+            for cell in cells:
+                cell.status, cell.reason = "unsupported", str(error)
+            return
+        self.models[name] = model
+        if model.voxels == 0:
+            for cell in cells:
+                cell.status, cell.reason = "empty", "the region has no voxel"
+
+    def _walk(self, trajectory: Trajectory, cells: list[_Cell]) -> None:
+        begin = time.perf_counter()
+        folds: list[_CellFold] = []
+
+        def aim(logits: Logits) -> list[_CellFold]:
+            if self.logits is None:
+                self._aim(logits)
+            for cell in cells:
+                if cell.open:
+                    self._try([cell], partial(begin_fold, cell))
+            return folds
+
+        def begin_fold(cell: _Cell) -> None:
+            assert isinstance(cell.method, LookMethod)
+            model = self.models[cell.target]
+            making = MapInMaking(cell.method, model, cell.method.start(model, self.x))
+            folds.append(_CellFold(self, cell, making))
+
+        layers = dict.fromkeys(
+            layer
+            for cell in cells
+            if cell.open and isinstance(cell.method, LookMethod)
+            for layer in cell.method.layers
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        walk(self.predictor, self.probe, self.x, trajectory, tuple(layers), aim, generator)
+        shared = (time.perf_counter() - begin) / max(1, len(folds))
+        for fold in folds:
+            begin = time.perf_counter()
+            self._try([fold.cell], fold.finish)
+            fold.cell.seconds = shared + time.perf_counter() - begin
+
+    def _alone(self, cell: _Cell) -> None:
+        begin = time.perf_counter()
+        cell.values = cell.method.attribute(self.models[cell.target], self.x)
+        cell.seconds = time.perf_counter() - begin
+
+    def _attribution(self, cell: _Cell) -> Attribution:
+        model = self.models.get(cell.target)
+        values = torch.full((1, 1, 1), math.nan).expand(self.probe.shape)
+        error: float | None = None
+        cancellation: float | None = None
+        if model is not None and cell.values is not None:
+            made = cell.values.detach()
+            self._check(cell, made)
+            if cell.status == "ok":
+                error, cancellation = self._completeness(cell, model, made)
+                values = (made / (model.voxels if cell.method.shares_score else 1)).cpu()
+        aimed = model is not None and self.logits is not None and model.voxels > 0
+        return Attribution(
+            probe=self.probe,
+            target=cell.target,
+            method=cell.name,
+            layer=cell.layer,
+            values=values,
+            unit=cell.method.unit,
+            region=(
+                torch.zeros(self.probe.shape, dtype=torch.bool)
+                if model is None
+                else voxels(model.weights).cpu()
+            ),
+            prediction=self._prediction(),
+            score=model.score(self.logits) / model.voxels if aimed else math.nan,  # type: ignore[union-attr, arg-type]
+            completeness_error=error,
+            cancellation=cancellation,
+            seconds=cell.seconds,
+            status=cell.status,
+            reason=cell.reason,
+        )
+
+    def _check(self, cell: _Cell, made: Tensor) -> None:
+        if made.shape != self.probe.shape:
+            cell.status = "failed"
+            cell.reason = (
+                f"the map has shape {tuple(made.shape)}, but {tuple(self.probe.shape)} is needed"
+            )
+        elif not bool(torch.isfinite(made).all()):
+            logits = self.logits is not None and bool(torch.isfinite(self.logits).all())
+            cell.status = "nonfinite"
+            cell.reason = f"NaN or infinity in the map, {'not' if logits else 'and'} in the logits"
+
+    def _prediction(self) -> Tensor:
+        if self.logits is None:
+            return torch.zeros(self.probe.shape, dtype=torch.long)
+        return self.predictor.decisive(self.logits).argmax(dim=0).cpu()
+
+    def _completeness(
+        self, cell: _Cell, model: ScoredModel, made: Map
+    ) -> tuple[float | None, float | None]:
+        """How far the map's sum is from the score difference, and how much of it cancels."""
+        reference = cell.method.reference
+        if reference is None or self.logits is None:
+            return None, None
+        if reference not in self.references:
+            start = reference.make(self.x, self.probe.spacing_mm, model.generator())
+            self.references[reference] = self.predictor.predict(start)
+        score = model.score(self.logits)
+        difference = score - model.score(self.references[reference])
+        if abs(difference) <= 1e-6 * max(1.0, abs(score)):
+            return None, None
+        total, absolute = float(made.double().sum()), float(made.double().abs().sum())
+        return abs(total - difference) / abs(difference), absolute / abs(difference)
+
+
+@dataclass(frozen=True, eq=False)
+class _CellFold:
+    """A map in the making whose failure is its own, not that of the others on the same walk."""
+
+    whole: _Explanation
+    cell: _Cell
+    making: MapInMaking
+
+    @property
+    def model(self) -> ScoredModel:
+        """The network seen through the cell's target."""
+        return self.making.model
+
+    def see(self, look: Look) -> None:
+        """Fold one look in."""
+        self.whole._try([self.cell], partial(self.making.see, look))
+
+    def finish(self) -> None:
+        """Make the map."""
+        making = self.making
+        self.cell.values = making.method.finish(making.model, self.whole.x, making.state)

@@ -1,0 +1,125 @@
+"""How far a map moved from an earlier map of the same cell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_segxai.focus.base import ShiftMetric
+from lightning_segxai.focus.location import magnitude, topmost
+from lightning_segxai.values import Attribution
+
+
+def _centered_ranks(attribution: Attribution) -> Float[Tensor, " voxels"]:
+    # Ranks need no float64, and narrow types sort faster; only bfloat16 is unknown to numpy.
+    values = attribution.values.detach().flatten()
+    numbers = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+    order = np.argsort(numbers)
+    ordered = numbers[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    sizes = np.diff(starts, append=ordered.size)
+    ranks = np.empty(ordered.size)
+    ranks[order] = np.repeat(starts + (sizes - ordered.size) / 2, sizes)  # tied ranks averaged
+    return torch.from_numpy(ranks)
+
+
+def _center_mm(attribution: Attribution) -> tuple[float, float, float]:
+    mass = magnitude(attribution)
+    total = mass.sum()
+
+    def along(axis: int) -> float:
+        others = [other for other in range(3) if other != axis]
+        profile = mass.sum(dim=others) / total
+        indices = torch.arange(len(profile), dtype=torch.float64)
+        return float(profile @ indices) * attribution.probe.spacing_mm[axis]
+
+    return along(0), along(1), along(2)
+
+
+@dataclass(frozen=True)
+class RankCorrelation(ShiftMetric):
+    """Spearman correlation of the two maps, with their signs.
+
+    ``Pearson(rank(a), rank(b))``, tied voxels given their mean rank, in [-1, 1]. The same map at
+    another scale has 1, a map of opposite sign -1, an unrelated one about 0. None where a map is
+    the same everywhere, for it has no order.
+
+    References:
+        Spearman, "The proof and measurement of association between two things", Am. J. Psychol.
+        15, 1904; for attributions Adebayo et al., "Sanity checks for saliency maps", NeurIPS
+        2018, arXiv:1810.03292.
+    """
+
+    unit = "1"
+    range = (-1.0, 1.0)
+    higher_is_better = None
+    reading = "1: voxels in the same order of importance as then; 0: no relation."
+
+    def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
+        now, then = _centered_ranks(attribution), _centered_ranks(reference)
+        size = math.sqrt(float(now @ now)) * math.sqrt(float(then @ then))
+        if size == 0.0:
+            return None
+        return min(1.0, max(-1.0, float(now @ then) / size))
+
+
+@dataclass(frozen=True)
+class TopOverlap(ShiftMetric):
+    """Share of the strongest voxels that were the strongest before.
+
+    ``|top_K(|a|) & top_K(|b|)| / K`` with ``K`` the fraction of the voxels, rounded up, in
+    [0, 1]; voxels tied for the last places share them, and of two shares the smaller one is
+    common. The same map has 1, an unrelated one about the fraction.
+
+    Args:
+        fraction: Share of the voxels that are called the strongest, in (0, 1].
+
+    Raises:
+        ValueError: for a fraction outside (0, 1].
+
+    References:
+        Ghorbani et al., "Interpretation of neural networks is fragile", AAAI 2019,
+        arXiv:1710.10547 (top-k intersection).
+    """
+
+    fraction: float = 0.01
+
+    unit = "1"
+    range = (0.0, 1.0)
+    higher_is_better = None
+    reading = "1: the strongest voxels are those of then; by chance it is the fraction."
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(
+                f"`TopOverlap(fraction={self.fraction})` needs a share of the voxels above 0 and "
+                "at most 1, such as 0.01."
+            )
+
+    def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
+        count = math.ceil(self.fraction * attribution.values.numel())
+        now = topmost(magnitude(attribution), count)
+        then = topmost(magnitude(reference), count)
+        return min(1.0, float(torch.minimum(now, then).sum() / count))
+
+
+@dataclass(frozen=True)
+class CenterShift(ShiftMetric):
+    """Distance between the centers of the two maps, in mm.
+
+    ``|c(a) - c(b)|`` with ``c(a) = sum_v |a_v| x_v / sum_v |a_v|`` and ``x_v`` the voxel's place
+    in mm. The same map at another scale or sign has 0; so may maps that differ about one center.
+    """
+
+    unit = "mm"
+    range = (0.0, float("inf"))
+    higher_is_better = None
+    reading = "How far the middle of the attribution moved."
+
+    def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
+        return math.dist(_center_mm(attribution), _center_mm(reference))

@@ -1,0 +1,87 @@
+"""Methods that hide parts of the volume and watch the score; forward passes only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from captum.attr import Occlusion as CaptumOcclusion
+from torch import Tensor
+
+from lightning_segxai.baselines import Baseline, Blank
+from lightning_segxai.methods.base import AttributionMethod
+from lightning_segxai.scored import ScoredModel
+from lightning_segxai.values import Map, Volume
+from lightning_segxai.windows import Shape
+
+
+@dataclass(frozen=True)
+class Occlusion(AttributionMethod):
+    r"""How far the score falls when a cube of the volume is replaced by the baseline.
+
+    $$a(v) = \frac{1}{n_v} \sum_{B \ni v} \big( S(x) - S(x_{B \to b}) \big)$$
+
+    over the ``n_v`` cubes that hold the voxel; all channels are hidden at once. With cubes of one
+    voxel and a linear network it is the input minus the baseline, times the weights. Costs one
+    forward pass for each cube and one for the volume; by Captum.
+
+    Args:
+        size_voxels: Edge of the cube.
+        stride_voxels: Step from one cube to the next, at most the edge.
+        baseline: What hides, as for `IntegratedGradients`.
+        sigma_mm: Standard deviation of the blur in millimetres.
+
+    Raises:
+        ValueError: for an edge or stride below one, a stride above the edge, an unknown baseline.
+
+    References:
+        Zeiler and Fergus, "Visualizing and understanding convolutional networks", 2013,
+        arXiv:1311.2901.
+    """
+
+    size_voxels: int = 8
+    stride_voxels: int = 4
+    baseline: Blank = "blurred"
+    sigma_mm: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride_voxels <= self.size_voxels:
+            raise ValueError(
+                f"`Occlusion(size_voxels={self.size_voxels}, stride_voxels={self.stride_voxels})` "
+                "needs a stride of at least 1 and at most the size; else voxels are never hidden."
+            )
+        Baseline(self.baseline, self.sigma_mm)
+
+    def attribute(self, model: ScoredModel, x: Volume) -> Map:
+        """The map of ``x``."""
+        hidden = Baseline(self.baseline, self.sigma_mm).make(
+            x, model.probe.spacing_mm, model.generator()
+        )
+        i, j, k = x.shape[1:]
+        size, stride = self._geometry((i, j, k))
+        windows = model.predictor.windows(x.shape[1:])
+        with torch.no_grad():
+            effect: Tensor = CaptumOcclusion(model).attribute(
+                x[None],
+                sliding_window_shapes=(len(x), *size),
+                strides=(len(x), *stride),
+                baselines=hidden[None],
+                perturbations_per_eval=model.predictor.batch(windows.places[0]),
+                show_progress=False,
+            )
+        return effect[0, 0]  # a cube hides all channels, so each channel holds the same effect
+
+    def extra_passes(self, shape: Shape, windows: int) -> int:
+        """The cubes and the volume itself, each by all windows."""
+        size, stride = self._geometry(shape)
+        cubes = math.prod(
+            1 + math.ceil((axis - edge) / step)
+            for axis, edge, step in zip(shape, size, stride, strict=True)
+        )
+        return (cubes + 1) * windows
+
+    def _geometry(self, shape: Shape) -> tuple[list[int], list[int]]:
+        """Edges and strides, no larger than the volume."""
+        size = [min(self.size_voxels, axis) for axis in shape]
+        return size, [min(self.stride_voxels, edge) for edge in size]

@@ -1,0 +1,1 @@
+"""Where observations end: plain files, W&B."""
