@@ -1,0 +1,55 @@
+"""Watch where a 3D vessel segmentation network looks while it trains.
+
+Names are imported from their modules when they are first used, so that importing the package costs
+next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "callback": ["AttributionMonitor"],
+    "data.module": ["MRADataModule"],
+    "data.phantom": ["Phantom", "paint_tof", "tof_phantom"],
+    "data.probes": ["ProbeFile", "read_probe"],
+    "data.subjects": ["PhantomCohort"],
+    "examine": ["examine", "measure"],
+    "focus.base": ["FocusMetric", "ShiftMetric"],
+    "focus.location": ["AveragePrecision", "MassInside", "PointingHit", "RankInside", "Reach"],
+    "focus.shift": ["CenterShift", "RankCorrelation", "TopOverlap"],
+    "focus.spread": ["EffectiveVolume", "Entropy", "Gini"],
+    "losses": ["DeepSupervision", "FocalTverskyLoss"],
+    "methods.base": ["AttributionMethod", "LookMethod"],
+    "methods.gradients": ["InputXGradient", "Saliency"],
+    "methods.layers": ["GradCAM", "HiResCAM", "LayerActivation"],
+    "methods.noise": ["SmoothGrad"],
+    "methods.paths": ["IntegratedGradients"],
+    "methods.perturbation": ["Occlusion"],
+    "nets": ["UNet3d"],
+    "render": ["render"],
+    "scored": ["ScoredModel"],
+    "sinks.base": ["Observation", "Run", "Sink"],
+    "sinks.files": ["FileSink"],
+    "sinks.wandb": ["WandbSink"],
+    "targets": ["ClassEvidence", "ClassMargin", "Target", "VoxelEvidence"],
+    "task": ["SegmentationTask"],
+    "values": ["Attribution", "Probe", "Record"],
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_segxai.baselines import Baseline
-from lightning_segxai.explain import explain
+from lightning_segxai.explain import Failure, explain
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.focus.overlap import dice
 from lightning_segxai.guard import undisturbed
@@ -78,7 +78,11 @@ def examine(
 
 
 def measure(
-    attributions: Iterable[Attribution], metrics: Mapping[str, FocusMetric], *, run: str = ""
+    attributions: Iterable[Attribution],
+    metrics: Mapping[str, FocusMetric],
+    *,
+    run: str = "",
+    failed: Failure | None = None,
 ) -> list[Record]:
     """Measure maps, each by every metric, and the probes themselves.
 
@@ -86,6 +90,8 @@ def measure(
         attributions: The maps.
         metrics: Focus metrics, by name.
         run: The training run, for the records.
+        failed: Told of metrics that raise, whose records are then ``failed``; None lets the first
+            one out.
 
     Returns:
         For each probe `dice` (where it has a label); for each target its `region_voxels`; for each
@@ -100,22 +106,24 @@ def measure(
         if (probe.name,) not in seen and probe.label is not None:
             seen.add((probe.name,))
             overlap = dice(attribution.prediction, probe.label)
-            rows.append(_record(run, attribution, "dice", "1", overlap, of="probe"))
+            rows.append(record(run, attribution, "dice", "1", overlap, of="probe"))
         if (probe.name, attribution.target) not in seen:
             seen.add((probe.name, attribution.target))
             size = float(attribution.region.sum())
-            rows.append(_record(run, attribution, "region_voxels", "voxel", size, of="target"))
+            rows.append(record(run, attribution, "region_voxels", "voxel", size, of="target"))
         axiom = {
             "completeness_error": attribution.completeness_error,
             "cancellation": attribution.cancellation,
         }
         rows += [
-            _record(run, attribution, name, "1", value)
+            record(run, attribution, name, "1", value)
             for name, value in axiom.items()
             if value is not None
         ]
         rows += [
-            _measured(run, attribution, name, metric.unit, partial(metric.measure, attribution))
+            _measured(
+                run, attribution, name, metric.unit, partial(metric.measure, attribution), failed
+            )
             for name, metric in metrics.items()
         ]
     return rows
@@ -127,6 +135,7 @@ def measure_shifts(
     shifts: Mapping[str, ShiftMetric],
     *,
     run: str = "",
+    failed: Failure | None = None,
 ) -> list[Record]:
     """Measure how far a map moved from each of the earlier maps of its cell.
 
@@ -135,6 +144,7 @@ def measure_shifts(
         references: Earlier maps by name, such as ``first``, ``previous``, ``best``.
         shifts: Shift metrics, by name.
         run: The training run, for the records.
+        failed: Told of metrics that raise, as for `measure`.
 
     Returns:
         One record for each metric and reference, named ``metric/reference``.
@@ -146,6 +156,7 @@ def measure_shifts(
             f"{name}/{which}",
             metric.unit,
             partial(metric.measure, attribution, reference),
+            failed,
         )
         for which, reference in references.items()
         for name, metric in shifts.items()
@@ -153,19 +164,30 @@ def measure_shifts(
 
 
 def _measured(
-    run: str, attribution: Attribution, name: str, unit: str, metric: Callable[[], float | None]
+    run: str,
+    attribution: Attribution,
+    name: str,
+    unit: str,
+    metric: Callable[[], float | None],
+    failed: Failure | None,
 ) -> Record:
     if attribution.status != "ok":
-        return _record(run, attribution, name, unit, math.nan, attribution.status)
+        return record(run, attribution, name, unit, math.nan, attribution.status)
     if not bool(attribution.values.any()):
-        return _record(run, attribution, name, unit, math.nan, "empty")
-    value = metric()
+        return record(run, attribution, name, unit, math.nan, "empty")
+    try:
+        value = metric()
+    except Exception as error:  # a metric is anybody's code
+        if failed is None:
+            raise
+        failed(attribution.probe.name, attribution.target, f"{attribution.method}/{name}", error)
+        return record(run, attribution, name, unit, math.nan, "failed")
     if value is None:
-        return _record(run, attribution, name, unit, math.nan, "unsupported")
-    return _record(run, attribution, name, unit, value)
+        return record(run, attribution, name, unit, math.nan, "unsupported")
+    return record(run, attribution, name, unit, value)
 
 
-def _record(
+def record(
     run: str,
     attribution: Attribution,
     metric: str,
@@ -174,6 +196,7 @@ def _record(
     status: Status = "ok",
     of: Literal["probe", "target", "map"] = "map",
 ) -> Record:
+    """A record of a map, or of the target or probe that it belongs to."""
     if status == "ok" and not math.isfinite(value):
         value, status = math.nan, "nonfinite"
     return Record(

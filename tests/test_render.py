@@ -127,19 +127,19 @@ def test_a_negative_map_is_not_drawn_as_positive():
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    "changes",
     [
-        ({"values": torch.full((20, 16, 12), torch.nan)}, None),
-        ({"values": torch.full((20, 16, 12), torch.inf)}, None),
-        ({"values": torch.zeros(20, 16, 12)}, None),
-        ({"status": "failed", "reason": "CUDA out of memory\nagain " * 40}, None),
-        ({"status": "empty", "region": torch.zeros(20, 16, 12, dtype=torch.bool)}, None),
+        {"values": torch.full((20, 16, 12), torch.nan)},
+        {"values": torch.full((20, 16, 12), torch.inf)},
+        {"values": torch.zeros(20, 16, 12)},
+        {"status": "failed", "reason": "CUDA out of memory\nagain " * 40},
+        {"status": "empty", "region": torch.zeros(20, 16, 12, dtype=torch.bool)},
     ],
 )
-def test_what_has_no_map_has_no_colors(changes, found):
+def test_what_has_no_map_has_no_colors(changes):
     """Such a cell is a gray tile, no color scale is shown, and no NaN is ever cast."""
     cell = attribution(**changes)
-    assert panels.map_tiles(cell, 6, panels.View.of(cell.probe, 64)) is found
+    assert panels.map_tiles(cell, 6, panels.View.of(cell.probe, 64)) is None
     with np.errstate(all="raise"):
         image = render([cell])
     lower = np.asarray(image)[-250:, 270:].astype(int)
@@ -311,14 +311,12 @@ def test_what_does_not_belong_together_is_refused():
 
 
 def test_many_cells():
-    """Two targets by eight methods are one tall picture of the usual width, in order."""
+    """Two targets by eight methods are one tall picture of the usual width."""
     cell = attribution()
     cells = [replace(cell, target=t, method=f"m{n}") for t in ("a", "b") for n in range(8)]
     one, many = render([cell]), render(cells)
     assert many.width == one.width
     assert many.height > 16 * 256
-    shuffled = [*cells[1::2], *cells[::2]]
-    assert render(shuffled).size == many.size
 
 
 def test_half_precision_and_several_channels():

@@ -167,7 +167,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]
             raise ValueError(
                 f"`MRADataModule` cannot use {len(broken)} of {count} subjects:\n  {lines}"
             )
-        small = [s["name"] for s in ready if _smaller(s.spatial_shape, self.patch_size)]
+        small = [str(s["name"]) for s in ready if _smaller(s.spatial_shape, self.patch_size)]
         if small:
             warnings.warn(
                 f"{len(small)} volumes are smaller than the patch of {self.patch_size} voxels and "
@@ -228,15 +228,13 @@ class MRADataModule(*_BASES):  # type: ignore[misc]
             return [spec.read(self.preprocessing) for spec in self._probes]
         self.setup()
         wanted = self._probes
-        places = [
-            [
-                (subject, f"{subject['name']}-{n}", center)
-                for n, center in enumerate(
-                    vessel_centers(subject["label"].data[0], self.patch_size, wanted), start=1
-                )
-            ]
-            for subject in self._validation
-        ]
+        places = []
+        for subject in self._validation:
+            label = subject.get_image("label").data[0]
+            centers = vessel_centers(label, self.patch_size, wanted)
+            places.append(
+                [(subject, f"{subject['name']}-{n}", c) for n, c in enumerate(centers, start=1)]
+            )
         in_turn = [row[n] for n in range(wanted) for row in places if n < len(row)][:wanted]
         if len(in_turn) < wanted:
             warnings.warn(

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
 import torch
 import torchio as tio
 from jaxtyping import Float, Float64
+from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from lightning_segxai.data.grids import moved, resampled, spacing_of
@@ -107,8 +109,8 @@ def subject_probe(
     steps = subject.applied_transforms
     return Probe(
         name=name,
-        image=image.data.float(),
-        label=None if label is None else label.data[0].long(),
+        image=image.data.float().clone(),
+        label=None if label is None else label.data[0].long().clone(),
         spacing_mm=spacing_of(image.affine),
         affine=image.affine,
         regions={k: m.data[0] > 0 for k, m in masks.items() if isinstance(m, tio.LabelMap)},
@@ -166,7 +168,7 @@ def to_file_grid(
         # returned as NiBabel tells it, like the file's own voxels
         file = tio.ScalarImage(reference)
         shape, to_world = tuple(file.spatial_shape), file.affine
-        affine = np.asarray(nib.load(reference).affine, dtype=np.float64)
+        affine = np.asarray(cast(SpatialImage, nib.load(reference)).affine, dtype=np.float64)
     except Exception as error:
         raise ValueError(f"`to_file_grid` cannot read {reference}: {error}") from error
     to_probe = np.linalg.inv(np.asarray(probe.affine)) @ to_world

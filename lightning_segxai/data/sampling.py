@@ -99,7 +99,7 @@ class BalancedSampler(tio.data.PatchSampler):
     ) -> Generator[tio.Subject]:
         """Patches without end, or ``num_patches`` of them."""
         shape = subject.spatial_shape
-        vessels = torch.nonzero(subject["label"].data[0] > 0)
+        vessels = torch.nonzero(subject.get_image("label").data[0] > 0)
         n = 0
         while num_patches is None or n < num_patches:
             if n % 2 == 0 and len(vessels):
@@ -129,7 +129,8 @@ class Augmented(Dataset[tio.Subject]):
         return len(self.queue)
 
     def __getitem__(self, index: int) -> tio.Subject:
-        return self.transform(self.queue[index])
+        patch: tio.Subject = self.queue[index]
+        return self.transform(patch)
 
 
 class Tiles(Dataset[tio.Subject]):

@@ -10,11 +10,13 @@ import warnings
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
 import torch
 import torchio as tio
+from nibabel.spatialimages import SpatialImage
 
 from lightning_segxai.data.phantom import tof_phantom
 from lightning_segxai.values import checked_name
@@ -133,7 +135,7 @@ def check_subject(subject: tio.Subject, classes: int | None = None) -> None:
             one value everywhere, label maps on another grid than the image, labels outside
             ``classes``.
     """
-    image = subject["image"]
+    image = subject.get_image("image")
     for key, one in subject.get_images_dict(intensity_only=False).items():
         _check_volume(_who(subject, key), one)
         if one is not image:
@@ -146,7 +148,7 @@ def check_subject(subject: tio.Subject, classes: int | None = None) -> None:
 
 
 def _who(subject: tio.Subject, key: str) -> str:
-    path = subject[key].path
+    path = subject.get_image(key).path
     name = subject.get("name", "?")
     return f'The {key} of subject "{name}"' + ("" if path is None else f" ({path})")
 
@@ -173,16 +175,16 @@ def _check_volume(who: str, image: tio.Image) -> None:
 
 def _finite_on_disk(image: tio.Image) -> bool:
     """What NiBabel says: SimpleITK, TorchIO's reader, turns NaN and infinity into 0 unasked."""
-    if image.path is None or not image.path.name.endswith(_ENDINGS):
+    if not str(image.path).endswith(_ENDINGS):
         return True
-    file = nib.load(image.path)
+    file = cast(SpatialImage, nib.load(str(image.path)))
     if file.get_data_dtype().kind != "f":
         return True
     return bool(np.isfinite(np.asanyarray(file.dataobj)).all())
 
 
 def _check_grid(subject: tio.Subject, key: str) -> None:
-    image, other = subject["image"], subject[key]
+    image, other = subject.get_image("image"), subject.get_image(key)
     who = _who(subject, key)
     if image.spatial_shape != other.spatial_shape:
         raise ValueError(
@@ -201,7 +203,7 @@ def _check_grid(subject: tio.Subject, key: str) -> None:
 
 
 def _check_label(subject: tio.Subject, classes: int | None) -> None:
-    found = torch.unique(subject["label"].data)
+    found = torch.unique(subject.get_image("label").data)
     good = (found >= 0) & (found == found.round())
     if classes is not None:
         good &= found < classes

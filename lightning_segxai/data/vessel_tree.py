@@ -141,9 +141,12 @@ def grow_tree(
     grower = _Grower(brain, rng, size / 120, min(spacing_mm), min_radius_mm)
     for index in range(inlets):
         across = np.array(brain.center_mm[:2]) + _INLETS[index] * brain.semi_mm[:2]
+        start, heading = np.append(across, 0.0), np.array([0.0, 0.0, 1.0])
         radius = thickest * (0.85 if index == 2 else 1.0)
         rise = _WILLIS * extent[2] * rng.uniform(0.85, 1.1)
-        trunk = grower.curve(np.append(across, 0.0), np.array([0.0, 0.0, 1.0]), radius, rise)
+        trunk = grower.center_line(start, heading, radius, rise)
+        if trunk is None:  # a volume too narrow for bends
+            trunk = start + np.linspace(0, rise, 8)[:, None] * heading, heading
         grower.sprout(-1, radius, *trunk)
     return grower.grow()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,3 +73,16 @@ class Sink(ABC):
 
     def close(self, run: Run) -> None:  # noqa: B027 - nor an end
         """Called once at the end of the training."""
+
+
+def means(monitor: str, records: Iterable[Record]) -> dict[str, float]:
+    """Each metric's mean over the probes, under the key ``<monitor>/metric/...``.
+
+    Of the records of one validation; only those of status ``ok`` count.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for r in records:
+        if r.status == "ok":
+            parts = (monitor, "metric", r.metric, r.target, r.method)
+            values["/".join(part for part in parts if part)].append(r.value)
+    return {key: math.fsum(found) / len(found) for key, found in values.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections import defaultdict
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_segxai.folder import plain
-from lightning_segxai.sinks.base import Observation, Run, Sink
+from lightning_segxai.sinks.base import Observation, Run, Sink, means
 from lightning_segxai.values import Record
 
 TABLE_ROWS = 10_000
@@ -73,7 +72,7 @@ class WandbSink(Sink):
             validations[record.epoch, record.step].append(record)
         final: dict[str, float] = {}
         for records in validations.values():
-            final |= _means(run.monitor, records)
+            final |= means(run.monitor, records)
         for _, experiment in _live(run.loggers):
             experiment.summary.update(final)
             experiment.log_artifact(_artifact(run))
@@ -86,7 +85,7 @@ class WandbSink(Sink):
         past = len({(r.epoch, r.step) for r in before})
         panels = observation.panels if self.pictures else {}
         row: dict[str, Any] = {"epoch": observation.epoch}
-        row |= _means(run.monitor, observation.records)
+        row |= means(run.monitor, observation.records)
         if _shown(past, len(panels) + self.table):
             for probe, panel in panels.items():
                 row[f"{run.monitor}/probe/{probe}"] = wandb.Image(panel)
@@ -107,15 +106,6 @@ def _live(loggers: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
             experiment = logger.experiment
             if type(experiment).__name__ != "_DummyExperiment" and not experiment.disabled:
                 yield logger, experiment
-
-
-def _means(monitor: str, records: Iterable[Record]) -> dict[str, float]:
-    values: dict[str, list[float]] = defaultdict(list)
-    for r in records:
-        if r.status == "ok":
-            parts = (monitor, "metric", r.metric, r.target, r.method)
-            values["/".join(part for part in parts if part)].append(r.value)
-    return {key: math.fsum(found) / len(found) for key, found in values.items()}
 
 
 def _shown(past: int, files: int) -> bool:

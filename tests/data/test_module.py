@@ -13,9 +13,10 @@ from pytorch_lightning import seed_everything
 
 from lightning_segxai.data.module import MRADataModule
 from lightning_segxai.data.probes import ProbeFile, read_probe
+from lightning_segxai.data.sampling import BalancedSampler
 from lightning_segxai.data.subjects import PhantomCohort
 
-COHORT = PhantomCohort(subjects=5, shape=(40, 40, 32))
+COHORT = PhantomCohort(subjects=4, shape=(40, 40, 32))
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
 
 
@@ -81,31 +82,55 @@ def test_label_stays_on_its_image(tmp_path):
             assert torch.equal(batch["image"]["data"] > 3, batch["label"]["data"] == 1)
 
 
-def test_split_is_by_subject_and_by_seed(ready):
+def test_split_is_by_subject_and_by_seed(tmp_path):
     """Training and validation share no subject and miss none; the seed decides which."""
+    folder(tmp_path, "abcdefgh", shape=(12, 12, 12))
 
-    def split(data):
+    def split(**settings):
+        data = module(root=tmp_path, phantom=None, patch_size=8, **settings)
         return [[s["name"] for s in part] for part in (data._training, data._validation)]
 
-    training, validation = split(ready)
-    other = split(module(validation_share=0.4, seed=1))
+    training, validation = split(validation_share=0.4)
 
-    assert len(validation) == 2
-    assert sorted(training + validation) == [f"phantom-{n:02d}" for n in range(5)]
-    assert split(module(validation_share=0.4)) == [training, validation]
-    assert other != [training, validation]
-    assert len(split(module(validation_share=0.01))[1]) == 1
+    assert len(validation) == 3
+    assert sorted(training + validation) == list("abcdefgh")
+    assert split(validation_share=0.4) == [training, validation]
+    assert split(validation_share=0.4, seed=1) != [training, validation]
+    assert len(split(validation_share=0.01)[1]) == 1
+    assert len(split(validation_share=0.99)[0]) == 1
 
 
-def test_intensities_are_normalized_and_not_clipped(ready):
-    """Mean 0 and deviation 1 within the voxels above the mean; the brightest stay apart."""
-    image = ready._training[0]["image"].data
-    raw = ready.preprocessing.transforms[0]
-    assert isinstance(raw, tio.ToCanonical)
-    top = image.flatten().sort().values[-20:]
-    assert len(top.unique()) == 20
-    above = image[image > image[image.isfinite()].quantile(0.5)]
-    assert abs(float(above.mean())) < 1.5
+def test_intensities_are_normalized_and_not_clipped(tmp_path):
+    """Voxels above the raw mean get mean 0 and deviation 1, by one factor for all voxels."""
+    data = module(root=folder(tmp_path), phantom=None)
+    for subject in data._training + data._validation:
+        raw = nib.load(tmp_path / "images" / f"{subject['name']}.nii.gz").get_fdata()
+        above = raw[raw > raw.mean()]
+        expected = (raw - above.mean()) / above.std(ddof=1)
+        assert np.allclose(subject["image"].data[0].numpy(), expected, atol=1e-4)
+
+
+def test_sampler_takes_vessels_and_anywhere_in_turn(ready):
+    """Every other patch has a vessel voxel in its middle, where the border leaves it there."""
+    subject = ready._training[0]
+    label = torch.zeros(1, 40, 40, 32, dtype=torch.int32)
+    label[0, 20, 15, 12] = 1
+    subject = tio.Subject(
+        image=subject["image"], label=tio.LabelMap(tensor=label, affine=subject["label"].affine)
+    )
+    torch.manual_seed(0)
+    patches = list(BalancedSampler((16, 14, 12))(subject, num_patches=40))
+
+    middle = [int(p["label"].data[0, 8, 7, 6]) for p in patches]
+    starts = torch.stack([p["location"][:3] for p in patches[1::2]])
+    assert middle[::2] == [1] * 20
+    assert sum(middle[1::2]) < 3
+    assert (starts >= 0).all()
+    assert (starts.amax(0) <= torch.tensor([24, 26, 20])).all()
+    assert (starts.amax(0) - starts.amin(0) > 12).all()
+
+    subject["label"].set_data(torch.zeros_like(label))
+    assert len(list(BalancedSampler((16, 14, 48))(subject, num_patches=3))) == 3
 
 
 def test_training_epochs_repeat_with_the_seed(ready):
@@ -124,15 +149,12 @@ def test_training_epochs_repeat_with_the_seed(ready):
 
 
 def test_every_volume_gives_as_many_patches(ready):
-    """In each epoch every training subject is drawn from equally, half of it around vessels."""
+    """In each epoch every training subject is drawn from equally."""
     loader = ready.train_dataloader()
     for _ in range(2):
         batches = list(loader)
         names = [name for batch in batches for name in batch["name"]]
-        centers = torch.cat([b["label"]["data"][:, 0, 7:9, 8, 8] for b in batches]).amax(dim=1)
         assert sorted(names) == sorted([s["name"] for s in ready._training] * 4)
-        # A patch is flipped along i or not, and moved inside at the border
-        assert (centers > 0).float().mean() > 0.2
 
 
 def test_validation_is_always_the_same_and_draws_no_random_number(ready):
@@ -184,7 +206,7 @@ def test_probes_repeat_and_draw_no_random_number():
         np.random.seed(seed)
         random.seed(seed)
         before = states()
-        data = MRADataModule(phantom=COHORT, patch_size=16)
+        data = MRADataModule(phantom=PhantomCohort(3, (32, 32, 24)), patch_size=8)
         prints.append([p.fingerprint for p in data.probes()])
         assert states() == before
     assert prints[0] == prints[1]
@@ -215,7 +237,7 @@ def test_small_volumes_are_padded_and_named(tmp_path):
     for loader in (data.train_dataloader(), data.val_dataloader()):
         for batch in loader:
             assert batch["image"]["data"].shape[2:] == (16, 16, 24)
-    with pytest.warns(UserWarning, match="padded"):
+    with pytest.warns(UserWarning, match=r"padded|only 1 distinct"):
         assert data.probes()[0].shape == (16, 16, 24)
 
 
@@ -247,10 +269,10 @@ def test_setup_names_every_broken_subject(tmp_path):
 
 def test_setup_checks_classes_and_number(tmp_path):
     """Labels beyond the classes, and a single subject, are refused."""
-    with pytest.raises(ValueError, match=r"whole numbers from 0 to 0, but holds 1"):
-        module(classes=1)
     with pytest.raises(ValueError, match=r"at least two subjects.*found only 'a'"):
         module(root=folder(tmp_path, "a"), phantom=None)
+    with pytest.raises(ValueError, match=r"whole numbers from 0 to 0, but holds 1"):
+        module(root=folder(tmp_path), phantom=None, classes=1)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

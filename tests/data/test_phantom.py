@@ -138,28 +138,32 @@ def test_contrast_leaves_the_anatomy_alone(phantom: Phantom) -> None:
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    shape=st.tuples(*[st.integers(24, 72)] * 3),
+    shape=st.tuples(*[st.integers(16, 72)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 1.2)] * 3),
     inlets=st.integers(1, 3),
 )
 def test_trees_stay_inside_and_their_paths_go_on(
-    seed: int, shape: tuple[int, int, int], inlets: int
+    seed: int,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    inlets: int,
 ) -> None:
     """Center lines must stay in the volume and brain; children must start where parents end."""
-    graph = grow_tree(shape, SPACING, np.random.default_rng(seed), inlets=inlets)
-    far = (np.array(shape) - 1) * SPACING
-    brain = Ellipsoid.brain(shape, SPACING)
+    graph = grow_tree(shape, spacing, np.random.default_rng(seed), inlets=inlets)
+    far = (np.array(shape) - 1) * spacing
+    brain = Ellipsoid.brain(shape, spacing)
 
     assert sum(b.parent < 0 for b in graph.branches) == inlets
     for branch in graph.branches:
         assert (branch.points_mm >= 0).all()
         assert (branch.points_mm <= far).all()
+        assert brain.rho(branch.points_mm).max() < 1
         steps = np.linalg.norm(np.diff(branch.points_mm, axis=0), axis=1)
         np.testing.assert_allclose(np.diff(branch.path_mm), steps, atol=1e-9)
         if branch.parent >= 0:
             parent = graph.branches[branch.parent]
             np.testing.assert_array_equal(branch.points_mm[0], parent.points_mm[-1])
             assert branch.path_mm[0] == parent.path_mm[-1]
-            assert brain.rho(branch.points_mm).max() < 1
     assert len(graph.end_points_mm) == len(graph.bifurcations_mm) + inlets
 
 

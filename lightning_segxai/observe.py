@@ -1,0 +1,124 @@
+"""One validation observed: every probe explained, measured, compared with before, and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from lightning_segxai.examine import measure, measure_shifts, record
+from lightning_segxai.explain import Failure, explain
+from lightning_segxai.focus.base import FocusMetric, ShiftMetric
+from lightning_segxai.focus.overlap import dice
+from lightning_segxai.guard import undisturbed
+from lightning_segxai.methods.base import AttributionMethod
+from lightning_segxai.render import render
+from lightning_segxai.scored import Predictor
+from lightning_segxai.sinks.base import Observation
+from lightning_segxai.targets import Target
+from lightning_segxai.timeline import Timeline
+from lightning_segxai.values import Attribution, Probe, Record
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of a network, by name."""
+
+    targets: Mapping[str, Target]
+    methods: Mapping[str, AttributionMethod]
+    metrics: Mapping[str, FocusMetric]
+    shifts: Mapping[str, ShiftMetric]
+
+
+def observe(
+    predictor: Predictor,
+    probes: Sequence[Probe],
+    questions: Questions,
+    *,
+    epoch: int,
+    step: int,
+    logging_step: int,
+    run: str,
+    timeline: Timeline | None,
+    seed: int,
+    failed: Failure | None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Observation:
+    """Explain, measure and draw all probes; the network is left as it was.
+
+    Args:
+        predictor: The network.
+        probes: The fixed volumes.
+        questions: What is asked.
+        epoch: Epoch of the training.
+        step: Global step of the training.
+        logging_step: The step under which Lightning logs this validation's own metrics.
+        run: The run's id, for the records.
+        timeline: The earlier maps; None where there are none to be compared with.
+        seed: Seed of all noise.
+        failed: Told of what fails; None lets the first failure out.
+        stop: Asked between probes; True leaves the other probes out.
+    """
+    maps: list[Attribution] = []
+    with undisturbed(predictor.module, seed):
+        for probe in probes:
+            if stop():
+                break
+            maps += (
+                replace(attribution, epoch=epoch, step=step)
+                for attribution in explain(
+                    predictor,
+                    probe,
+                    questions.targets,
+                    questions.methods,
+                    seed=seed,
+                    failed=failed,
+                )
+            )
+    records = measure(maps, questions.metrics, run=run, failed=failed)
+    if timeline is not None:
+        for attribution in maps:
+            if attribution.status == "ok":
+                records += _shifts(attribution, timeline, questions.shifts, run, failed)
+    predictions: dict[str, Int[Tensor, "i j k"]] = {a.probe.name: a.prediction for a in maps}
+    panels: dict[str, Image.Image] = {}
+    for probe in probes:
+        of_probe = [a for a in maps if a.probe.name == probe.name]
+        if of_probe:
+            label = probe.label
+            overlap = None if label is None else dice(predictions[probe.name], label)
+            panels[probe.name] = render(of_probe, title=run, dice=overlap)
+    return Observation(epoch, step, logging_step, tuple(maps), tuple(records), predictions, panels)
+
+
+def _shifts(
+    attribution: Attribution,
+    timeline: Timeline,
+    shifts: Mapping[str, ShiftMetric],
+    run: str,
+    failed: Failure | None,
+) -> list[Record]:
+    """How far the map moved, and whether it still explains the same voxels."""
+    references = timeline.references(attribution)
+    by_name = {str(which): earlier for which, earlier in references.items()}
+    rows = measure_shifts(attribution, by_name, shifts, run=run, failed=failed)
+    rows += (
+        record(
+            run,
+            attribution,
+            f"same_region/{which}",
+            "1",
+            float(timeline.same_region(attribution, which)),
+        )
+        for which in references
+    )
+    return rows
+
+
+def mean_dice(records: Sequence[Record]) -> float | None:
+    """Mean Dice of the probes at one validation; None without a labeled probe."""
+    found = [r.value for r in records if r.metric == "dice" and r.status == "ok"]
+    return sum(found) / len(found) if found else None

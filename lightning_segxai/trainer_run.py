@@ -1,0 +1,105 @@
+"""What a Trainer says of its run: id, folder, settings, steps. Reads it, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+_SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+
+
+def run_place(trainer: Any, monitor: str) -> tuple[str, Path]:
+    """The run's id and the monitor's folder, as `ModelCheckpoint` resolves its own.
+
+    ``<save_dir>/<logger's name>/<run id or version>/<monitor>``; without a logger
+    ``<default_root_dir>/<monitor>/<time>``.
+    """
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        root = logger.save_dir or trainer.default_root_dir
+        version = logger.version
+        version = version if isinstance(version, str) else f"version_{version}"
+        return version, Path(root).absolute() / str(logger.name) / version / monitor
+    # Not random: the generators are the training's.
+    made = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    return made, Path(trainer.default_root_dir).absolute() / monitor / made
+
+
+def logging_step(trainer: Any) -> int:
+    """The step under which Lightning logs the metrics of the validation that is going on.
+
+    It is private in Lightning 2.6 (`LearningRateMonitor` reads it, too), so the public step stands
+    in where it is not there.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def settings(trainer: Any, module: Any, monitor: dict[str, Any], cli: Any) -> dict[str, Any]:
+    """What made this run, for ``run.json`` and the logger's config; without secrets."""
+    data = getattr(trainer, "datamodule", None)
+    return {
+        "monitor": monitor,
+        "model": _described(module),
+        "data": None if data is None else _described(data),
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "cli": without_secrets(cli),
+    }
+
+
+def _described(part: Any) -> dict[str, Any]:
+    return {
+        "class": f"{type(part).__module__}.{type(part).__qualname__}",
+        **without_secrets(dict(getattr(part, "hparams", {}))),
+    }
+
+
+def without_secrets(content: Any) -> Any:
+    """The same, with every value under a key that sounds like a secret left out."""
+    if isinstance(content, Mapping):
+        return {
+            str(key): without_secrets(value)
+            for key, value in content.items()
+            if not _SECRET.search(str(key))
+        }
+    if isinstance(content, list | tuple):
+        return [without_secrets(value) for value in content]
+    return content
+
+
+def share_of_epoch(trainer: Any, passes: int, voxels: int) -> float | None:
+    """What one observation costs, as a share of the passes of one epoch of training.
+
+    Passes are weighed by their voxels; a training step counts as two passes for each patch.
+
+    Args:
+        trainer: The trainer, while it trains.
+        passes: Windows sent through the network, forward and backward.
+        voxels: Voxels of a window.
+
+    Returns:
+        The share, or None where the size of an epoch is not known.
+    """
+    loader = trainer.train_dataloader
+    dataset = getattr(loader, "dataset", None)
+    patch = getattr(trainer.datamodule, "patch_size", None) if trainer.datamodule else None
+    batches = trainer.num_training_batches
+    size = getattr(loader, "batch_size", None) or 1
+    if dataset is None or not isinstance(batches, int) or batches < 1:
+        return None
+    patch_voxels = patch[0] * patch[1] * patch[2] if isinstance(patch, tuple) else voxels
+    return passes * voxels / (2 * batches * size * patch_voxels)
+
+
+def averaging_before(trainer: Any, monitor: Any) -> str | None:
+    """Name of a weight-averaging callback that stands before the monitor."""
+    for callback in trainer.callbacks:
+        if callback is monitor:
+            return None
+        if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
+            return type(callback).__name__
+    return None
