@@ -144,16 +144,15 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         self.seed = seed
         self.cli_config: dict[str, Any] | None = None
         self._given = probes
-        self._predictor_of = partial(
-            Predictor,
-            window=None if window is None else as_shape(window, "window"),
-            overlap=overlap,
-            outputs=outputs,
-            threshold=threshold,
-            logits=logits,
-            looks_per_pass=looks_per_pass,
-        )
-        self._predictor_of(torch.nn.Identity())  # a bad number ends the run where it was given
+        self._how: dict[str, Any] = {
+            "window": None if window is None else as_shape(window, "window"),
+            "overlap": overlap,
+            "outputs": outputs,
+            "threshold": threshold,
+            "logits": logits,
+            "looks_per_pass": looks_per_pass,
+        }
+        self.predictor(torch.nn.Identity())  # a bad number ends the run where it was given
         Timeline(RunFolder(Path()), keep)
         self._forget_run()
 
@@ -167,6 +166,10 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         self._validations = 0
         self._last_step = -1
         self._told: set[str] = set()
+
+    def predictor(self, module: torch.nn.Module) -> Predictor:
+        """How this monitor runs a network."""
+        return Predictor(module, **self._how)
 
     @property
     def state_key(self) -> str:
@@ -305,10 +308,11 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         if len(set(names)) < len(names):
             raise ValueError(f"`AttributionMonitor` needs probes of different names, got {names}.")
 
-    def _predictor(self, trainer: Any, pl_module: Any) -> Predictor:
+    def _predictor_in(self, trainer: Any, pl_module: Any) -> Predictor:
         if self._own_predictor is None or self._own_predictor.module is not pl_module:
-            self._own_predictor = self._predictor_of(
-                pl_module, forward_context=trainer.precision_plugin.forward_context
+            self._own_predictor = replace(
+                self.predictor(pl_module),
+                forward_context=trainer.precision_plugin.forward_context,
             )
         return self._own_predictor
 
@@ -321,7 +325,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             self._failed(probe, target, method, error)
 
         observe(
-            self._predictor(trainer, pl_module),
+            self._predictor_in(trainer, pl_module),
             self.probes[:1],
             self.questions,
             epoch=trainer.current_epoch,
@@ -348,10 +352,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             kind: {name: repr(value) for name, value in getattr(self.questions, kind).items()}
             for kind in ("targets", "methods", "metrics", "shifts")
         }
-        how = {
-            key: getattr(value, "__qualname__", value)
-            for key, value in self._predictor_of.keywords.items()
-        }
+        how = {key: getattr(value, "__qualname__", value) for key, value in self._how.items()}
         mine = {**asked, **how, "every_n_validations": self.every_n_validations, "seed": self.seed}
         self.run = Run(
             id=run_id,
@@ -366,7 +367,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
 
     def _tell_cost(self, trainer: Any) -> None:
         """Say what the monitor costs, as a count of passes and as a share of an epoch."""
-        predictor = self._predictor(trainer, trainer.lightning_module)
+        predictor = self._predictor_in(trainer, trainer.lightning_module)
         total = cost(predictor, self.probes, self.questions.targets, self.questions.methods)
         windows = [predictor.windows(probe.shape) for probe in self.probes]
         voxels = max(math.prod(s.stop - s.start for s in w.places[0]) for w in windows)
@@ -390,7 +391,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         assert self.run is not None
         look = partial(
             observe,
-            self._predictor(trainer, pl_module),
+            self._predictor_in(trainer, pl_module),
             self.probes,
             self.questions,
             epoch=trainer.current_epoch,

@@ -9,6 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+_LIGHTNING = {
+    "training",
+    "prepare_data_per_node",
+    "allow_zero_length_dataloader_with_multiple_devices",
+}
 _SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 
 
@@ -52,10 +57,22 @@ def settings(trainer: Any, module: Any, monitor: dict[str, Any], cli: Any) -> di
 
 
 def _described(part: Any) -> dict[str, Any]:
-    return {
-        "class": f"{type(part).__module__}.{type(part).__qualname__}",
-        **without_secrets(dict(getattr(part, "hparams", {}))),
+    """The class, its hyper-parameters and plain attributes, and the classes of its modules."""
+    children = part.named_children() if hasattr(part, "named_children") else ()
+    plain = {
+        key: value
+        for key, value in vars(part).items()
+        if not key.startswith("_") and isinstance(value, bool | int | float | str | tuple)
     }
+    own = {key: value for key, value in plain.items() if key not in _LIGHTNING}
+    return without_secrets(
+        {
+            "class": f"{type(part).__module__}.{type(part).__qualname__}",
+            **own,
+            **dict(getattr(part, "hparams", {})),
+            **{name: type(child).__qualname__ for name, child in children},
+        }
+    )
 
 
 def without_secrets(content: Any) -> Any:

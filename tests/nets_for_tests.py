@@ -237,7 +237,7 @@ class Hungry(nn.Module):
 
     def _refuse(self) -> None:
         self.refused += 1
-        raise self.error
+        raise type(self.error)(*self.error.args)
 
 
 def blended(

@@ -1,0 +1,178 @@
+"""The command line: ``segxai fit|validate|test|demo|layers|explain``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+DESCRIPTION = "Watch where a 3D vessel segmentation network looks while it trains."
+TRAINING = {
+    "fit": "train a network, watched by the monitor (LightningCLI)",
+    "validate": "run one validation epoch (LightningCLI)",
+    "test": "run the test set (LightningCLI)",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command. Exit status 0; 2, with one line, for what a user can mend; 130 on Ctrl-C."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        if given and given[0] in TRAINING:
+            run_lightning(given)
+        else:
+            chosen = _parser().parse_args(given)
+            chosen.run(chosen)
+    except KeyboardInterrupt:
+        print("segxai: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _users(error) or os.environ.get("SEGXAI_TRACEBACK"):
+            raise
+        print(f"segxai: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("segxai", description=DESCRIPTION)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    demo = commands.add_parser("demo", help="train on phantoms on a CPU in about two minutes")
+    demo.add_argument("--out", default="demo", metavar="DIR", help="where to write")
+    demo.set_defaults(run=_demo)
+
+    layers = commands.add_parser("layers", help="the network's layers with their output shapes")
+    _add_config(layers)
+    layers.add_argument(
+        "--shape", type=int, nargs=3, metavar=("I", "J", "K"), help="voxels; else a patch"
+    )
+    layers.add_argument("--channels", type=int, default=1, help="of the image")
+    layers.set_defaults(run=_layers)
+
+    explain = commands.add_parser("explain", help="explain a trained network on a volume")
+    _add_config(explain)
+    explain.add_argument("--ckpt", required=True, metavar="F", help="checkpoint of the training")
+    explain.add_argument("--image", required=True, metavar="V.nii.gz", help="the volume")
+    explain.add_argument("--label", metavar="L.nii.gz", help="its label, where the truth is known")
+    explain.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, action="append", metavar="C.yaml", help="as for `segxai fit`"
+    )
+
+
+def _demo(chosen: argparse.Namespace) -> None:
+    from lightning_segxai.demo import demo
+
+    demo(chosen.out, run_lightning)
+
+
+def _layers(chosen: argparse.Namespace) -> None:
+    from lightning_segxai.posthoc import show_layers
+
+    parts = configured(chosen.config)
+    show_layers(parts.model, parts.datamodule, parts.segxai, chosen.shape, chosen.channels)
+
+
+def _explain(chosen: argparse.Namespace) -> None:
+    from lightning_segxai.posthoc import explain_file
+
+    parts = configured(chosen.config)
+    explain_file(
+        parts.model,
+        parts.datamodule,
+        parts.segxai,
+        ckpt=chosen.ckpt,
+        image=chosen.image,
+        label=chosen.label,
+        out=chosen.out,
+    )
+
+
+def configured(configs: Sequence[str]) -> Any:
+    """The parts that configuration files describe, made but not run.
+
+    Returns:
+        A LightningCLI with ``model``, ``datamodule`` and ``segxai``.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # no training: its greetings mislead
+    return run_lightning([part for config in configs for part in ("--config", config)], run=False)
+
+
+def run_lightning(args: list[str], run: bool = True) -> Any:
+    """LightningCLI with the monitor as the top-level key ``segxai:``, and first of the callbacks.
+
+    Args:
+        args: The command line.
+        run: Whether to run the subcommand that ``args`` starts with.
+    """
+    import pytorch_lightning.cli as lightning
+
+    import lightning_segxai
+    from lightning_segxai.callback import AttributionMonitor
+
+    for name in lightning_segxai.__all__:  # known by their short names once they are imported
+        getattr(lightning_segxai, name)
+
+    class SegxaiCLI(lightning.LightningCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            parser.add_lightning_class_args(AttributionMonitor, "segxai")
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            known = lightning.LightningCLI.subcommands()
+            return {name: known[name] for name in TRAINING}
+
+        @property
+        def segxai(self) -> AttributionMonitor:
+            return self._get(self.config_init, "segxai")
+
+        def before_fit(self) -> None:
+            # Lightning appends it; a weight-averaging callback before it would hide its weights.
+            others = [c for c in self.trainer.callbacks if c is not self.segxai]  # type: ignore[attr-defined]
+            self.trainer.callbacks = [self.segxai, *others]  # type: ignore[attr-defined]
+            self.segxai.cli_config = self._config_of_run()
+
+        def _config_of_run(self) -> dict[str, Any]:
+            config = self.config.get(self.subcommand) if self.subcommand else self.config
+            return config.as_dict()
+
+    with warnings.catch_warnings():
+        # Lightning 2.6 with jsonargparse 4.53; to go with the Lightning that no longer says it.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="pytorch_lightning")
+        # Lightning suspects that both were given by mistake: our own commands stand in between.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        return SegxaiCLI(
+            save_config_callback=None,  # the configuration goes to run.json
+            parser_kwargs={"exit_on_error": False},
+            args=args,
+            run=run,
+        )
+
+
+def _users(error: Exception) -> bool:
+    """Whether an error is one that a user can mend."""
+    kinds: tuple[Callable[..., Exception], ...] = (
+        ValueError,
+        TypeError,
+        OSError,
+        argparse.ArgumentError,
+    )
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, kinds) or "MisconfigurationException" in names  # type: ignore[arg-type]
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(" Given value type:")[0]  # jsonargparse repeats the whole block behind it

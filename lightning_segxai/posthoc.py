@@ -1,0 +1,187 @@
+"""A configured network without a training: its layers, and its explanation of one file."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from lightning_segxai.callback import AttributionMonitor
+from lightning_segxai.data.probes import read_probe, to_file_grid
+from lightning_segxai.examine import cost
+from lightning_segxai.focus.overlap import dice
+from lightning_segxai.folder import RunFolder
+from lightning_segxai.guard import undisturbed
+from lightning_segxai.observe import observe
+from lightning_segxai.passes import resolve_layer
+from lightning_segxai.scored import Predictor
+from lightning_segxai.windows import as_shape
+
+
+def show_layers(
+    module: nn.Module,
+    data: Any,
+    monitor: AttributionMonitor,
+    shape: Sequence[int] | None,
+    channels: int,
+) -> None:
+    """Print the layers that can be explained, in execution order, with their output shapes.
+
+    Args:
+        module: The network.
+        data: The data module, whose patch size is taken where ``shape`` is None.
+        monitor: How to run the network.
+        shape: Voxels of the volume.
+        channels: Channels of the volume.
+
+    Raises:
+        ValueError: if the network does not run on such a volume.
+    """
+    size = as_shape(list(shape) if shape else getattr(data, "patch_size", 64), "shape")
+    predictor = monitor.predictor(module)
+    with undisturbed(module, seed=0):
+        volume = torch.randn(channels, *size, device=predictor.device)
+        rehearsal = predictor.rehearse(volume)
+        auto = resolve_layer(predictor, rehearsal, "auto")
+    table = Table(title=f"{type(module).__name__} for a volume of {channels} x {size}")
+    for column in ("layer", "module", "channels", "voxels"):
+        table.add_column(column, justify="right" if column in ("channels", "voxels") else "left")
+    for name, output in rehearsal.layers.items():
+        if len(output) == 5:
+            kind = type(module.get_submodule(name)).__name__
+            mark = "  <- auto" if name == auto else ""
+            voxels = " x ".join(str(n) for n in output[2:])
+            table.add_row(name + mark, kind, str(output[1]), voxels)
+    Console().print(table)
+
+
+def explain_file(
+    module: nn.Module,
+    data: Any,
+    monitor: AttributionMonitor,
+    *,
+    ckpt: str,
+    image: str,
+    label: str | None,
+    out: str,
+) -> None:
+    """Explain a trained network on a volume from disk, whole, by windows of the training patch.
+
+    Writes ``maps/<target>/<method>.nii.gz`` and ``prediction.nii.gz`` in the file's own grid and
+    affine, ``panel.png`` and ``records.csv``. Nothing is written before all is computed.
+
+    Args:
+        module: The network, as configured.
+        data: The data module, for its preprocessing and patch size.
+        monitor: What to explain and how.
+        ckpt: Checkpoint of the training.
+        image: The volume.
+        label: Its label, where the truth is known.
+        out: Folder to write to.
+
+    Raises:
+        ValueError: for a checkpoint or volume that cannot be read, or does not fit.
+    """
+    moment = load_weights(module, Path(ckpt))
+    probe = read_probe(image, label=label, preprocessing=getattr(data, "preprocessing", None))
+    predictor = monitor.predictor(module)
+    if predictor.window is None and hasattr(data, "patch_size"):
+        predictor = replace(predictor, window=as_shape(data.patch_size, "patch_size"))
+    questions = monitor.questions
+    total = cost(predictor, [probe], questions.targets, questions.methods)
+    with _progress(predictor, total.passes, f"explaining {probe.name}"):
+        seen = observe(
+            predictor,
+            [probe],
+            questions,
+            epoch=moment[0],
+            step=moment[1],
+            logging_step=0,
+            run=Path(ckpt).stem,
+            timeline=None,
+            seed=monitor.seed,
+            failed=_told,
+        )
+    folder = RunFolder(Path(out))
+    for a in seen.attributions:
+        if a.status == "ok":
+            values, affine = to_file_grid(a.values, probe, Path(image))
+            path = folder.root / "maps" / a.target / f"{a.method}.nii.gz"
+            folder.write_nifti(path, torch.from_numpy(values.copy()), affine)
+        else:
+            print(f"{a.target}/{a.method}: {a.status}: {a.reason}", file=sys.stderr)
+    prediction, affine = to_file_grid(seen.predictions[probe.name].float(), probe, Path(image))
+    whole = torch.from_numpy(prediction.copy()).round().to(torch.uint8)
+    folder.write_nifti(folder.root / "prediction.nii.gz", whole, affine)
+    folder.append_records(seen.records)
+    seen.panels[probe.name].save(folder.root / "panel.png")
+    if probe.label is not None:
+        print(f"Dice {dice(seen.predictions[probe.name], probe.label):.3f}")
+    print(f"written to {folder.root}")
+
+
+def load_weights(module: nn.Module, path: Path) -> tuple[int, int]:
+    """Load a checkpoint's weights; never anything that could run code.
+
+    Returns:
+        Epoch and global step of the checkpoint.
+
+    Raises:
+        ValueError: if the file is no checkpoint, or of another network.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content["state_dict"]
+    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
+        raise ValueError(
+            f"{path} is not a checkpoint of Lightning that loads with `weights_only=True` "
+            f"({type(error).__name__}). Give the file that `segxai fit` saved."
+        ) from error
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2]
+        raise ValueError(
+            f"{path} holds weights of another network than the configuration's "
+            f"`{type(module).__name__}`.{''.join(first)}"
+        ) from error
+    return int(content.get("epoch", 0)), int(content.get("global_step", 0))
+
+
+def _told(probe: str, target: str, method: str, error: Exception) -> None:
+    if isinstance(error, ValueError | TypeError):
+        raise error
+    print(f"{probe}: {target}/{method}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+@contextmanager
+def _progress(predictor: Predictor, total: int, what: str) -> Iterator[None]:
+    """A bar of the passes made so far, in a terminal."""
+    done = threading.Event()
+    with Progress(disable=not sys.stderr.isatty(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+
+        def watch() -> None:
+            while not done.wait(0.2):
+                passes = predictor.passes
+                bar.update(task, completed=passes.forward + passes.backward)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
