@@ -39,13 +39,13 @@ def densest_boxes(
         # origin moves the filter's window so that an index is the box's first voxel
         held = ndimage.uniform_filter1d(held, edge, axis=axis, mode="constant", origin=-(edge // 2))
     held = held[tuple(slice(0, n - e + 1) for n, e in zip(vessel.shape, edges, strict=True))].copy()
-    boxes = []
+    boxes: list[tuple[slice, slice, slice]] = []
     for _ in range(count):
         corner = np.unravel_index(int(held.argmax()), held.shape)
         if held[corner] * np.prod(edges) < 0.5:
             raise ValueError(
-                f"--volumes {count} boxes of --crop {edges} are wanted, but only {len(boxes)} "
-                "disjoint ones with vessels were found. Ask for fewer or smaller ones."
+                f"--volumes {count} needs as many disjoint boxes of --crop {edges} with vessels, "
+                f"but only {len(boxes)} were found. Ask for fewer or smaller ones."
             )
         i, j, k = (slice(int(c), int(c) + e) for c, e in zip(corner, edges, strict=True))
         boxes.append((i, j, k))
@@ -59,12 +59,12 @@ def paint_subjects(label: Path, out: Path, volumes: int, crop: Triple, seed: int
     """Write the subjects one by one, and tell of each."""
     file = nib.as_closest_canonical(nib.load(label))  # `paint_tof` needs k to go up
     vessel = np.asarray(file.dataobj) > 0
-    spacing = tuple(float(edge) for edge in file.header.get_zooms()[:3])
+    i, j, k = (float(edge) for edge in file.header.get_zooms()[:3])
     boxes = densest_boxes(vessel, crop, volumes)
     for folder in ("images", "labels"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for n, box in enumerate(boxes, start=1):
-        image = paint_tof(vessel, spacing, seed=seed + n)[box]
+        image = paint_tof(vessel, (i, j, k), seed=seed + n)[box]
         affine = file.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ [edge.start for edge in box]
         name = f"painted-{n:02d}.nii.gz"

@@ -6,7 +6,9 @@ next to nothing.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _HOMES = {
@@ -28,7 +30,6 @@ _HOMES = {
     "methods.paths": ["IntegratedGradients"],
     "methods.perturbation": ["Occlusion"],
     "nets": ["UNet3d"],
-    "render": ["render"],
     "scored": ["ScoredModel"],
     "sinks.base": ["Observation", "Run", "Sink"],
     "sinks.files": ["FileSink"],
@@ -53,3 +54,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+class _Package(ModuleType):
+    """Keeps `examine` the function: Python binds a submodule of that name here when it loads it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

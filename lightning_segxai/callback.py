@@ -371,7 +371,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         total = cost(predictor, self.probes, self.questions.targets, self.questions.methods)
         windows = [predictor.windows(probe.shape) for probe in self.probes]
         voxels = max(math.prod(s.stop - s.start for s in w.places[0]) for w in windows)
-        share = share_of_epoch(trainer, total.passes, voxels)
+        share = share_of_epoch(trainer, total.passes, voxels, self.every_n_validations)
         text = (
             f"{self.name}: each observation of {len(self.probes)} probes takes {total.forward} "
             f"forward and {total.backward} backward passes"
@@ -379,10 +379,10 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         if share is None:
             trainer.print(f"{text}.")
             return
-        trainer.print(f"{text}, {share:.1%} of an epoch of training.")
+        trainer.print(f"{text}; in an epoch, {share:.1%} of the passes of the training.")
         if share > 0.05:
             warnings.warn(
-                f"An observation by `AttributionMonitor` costs {share:.0%} of an epoch. Raise "
+                f"`AttributionMonitor` costs {share:.0%} of the training's passes. Raise "
                 "`every_n_validations`, or ask for fewer probes, methods or steps.",
                 stacklevel=2,
             )

@@ -88,15 +88,16 @@ def without_secrets(content: Any) -> Any:
     return content
 
 
-def share_of_epoch(trainer: Any, passes: int, voxels: int) -> float | None:
-    """What one observation costs, as a share of the passes of one epoch of training.
+def share_of_epoch(trainer: Any, passes: int, voxels: int, every_n: int) -> float | None:
+    """What the observations of an epoch cost, as a share of the passes of its training.
 
     Passes are weighed by their voxels; a training step counts as two passes for each patch.
 
     Args:
         trainer: The trainer, while it trains.
-        passes: Windows sent through the network, forward and backward.
+        passes: Windows that one observation sends through the network, forward and backward.
         voxels: Voxels of a window.
+        every_n: Validations from one observation to the next.
 
     Returns:
         The share, or None where the size of an epoch is not known.
@@ -106,10 +107,12 @@ def share_of_epoch(trainer: Any, passes: int, voxels: int) -> float | None:
     patch = getattr(trainer.datamodule, "patch_size", None) if trainer.datamodule else None
     batches = trainer.num_training_batches
     size = getattr(loader, "batch_size", None) or 1
-    if dataset is None or not isinstance(batches, int) or batches < 1:
+    interval = trainer.val_check_batch  # None where it is a time
+    if dataset is None or not isinstance(batches, int) or batches < 1 or not interval:
         return None
     patch_voxels = patch[0] * patch[1] * patch[2] if isinstance(patch, tuple) else voxels
-    return passes * voxels / (2 * batches * size * patch_voxels)
+    observations = batches / interval / (trainer.check_val_every_n_epoch or 1) / every_n
+    return observations * passes * voxels / (2 * batches * size * patch_voxels)
 
 
 def averaging_before(trainer: Any, monitor: Any) -> str | None:
