@@ -40,6 +40,7 @@ from lightning_segxai.trainer_run import (
     run_place,
     settings,
     share_of_epoch,
+    unused,
 )
 from lightning_segxai.values import Probe, checked_name
 from lightning_segxai.windows import as_shape
@@ -129,13 +130,13 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
                 f"`AttributionMonitor(on_error={on_error!r})` must be warn, disable or raise."
             )
         self.name = checked_name(name, "monitor")
-        self.questions = Questions(
+        self._asked = Questions(
             default_targets() if targets is None else dict(targets),
             default_methods() if methods is None else dict(methods),
             default_metrics() if metrics is None else dict(metrics),
             default_shifts() if shifts is None else dict(shifts),
         )
-        for key in (*self.questions.targets, *self.questions.methods):
+        for key in (*self._asked.targets, *self._asked.methods):
             checked_name(key, "target or method")
         self.sinks: list[Sink] = [FileSink(), *([WandbSink()] if sinks is None else sinks)]
         self.every_n_validations = every_n_validations
@@ -157,6 +158,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         self._forget_run()
 
     def _forget_run(self) -> None:
+        self.questions = self._asked  # all of them: methods that failed have another chance
         self.probes: tuple[Probe, ...] = ()
         self.run: Run | None = None
         self.timeline: Timeline | None = None
@@ -165,6 +167,8 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         self._resumed: dict[str, Any] = {}
         self._validations = 0
         self._last_step = -1
+        self._rehearsed = False
+        self._scalars: dict[str, float] = {}
         self._told: set[str] = set()
 
     def predictor(self, module: torch.nn.Module) -> Predictor:
@@ -221,6 +225,10 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         self._find_probes(trainer)
         if not self.probes:
             return  # the first validation batch will bring them
+        if not self._rehearsed:
+            self._rehearse(trainer, pl_module)
+        if trainer.fast_dev_run:
+            return
         self._open(trainer, pl_module)
         self._tell_cost(trainer)
         if trainer.global_step == 0 and self._last_step < 0:
@@ -247,8 +255,9 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         if trainer.state.fn != "fit":
             return
         self._find_probes(trainer)
-        if trainer.sanity_checking:
+        if self.probes and (trainer.sanity_checking or trainer.fast_dev_run):
             self._rehearse(trainer, pl_module)
+        if trainer.sanity_checking or trainer.fast_dev_run:
             return
         if not self.probes:
             raise MisconfigurationException(
@@ -256,28 +265,32 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
                 "`probes()`, and no validation batch was seen."
             )
         self._validations += 1
-        if (self._validations - 1) % self.every_n_validations == 0:
-            if self.run is None:
-                self._open(trainer, pl_module)
+        if self.run is None:
+            self._open(trainer, pl_module)
+        # With accumulated gradients a step can be validated twice; the weights are the same.
+        due = (self._validations - 1) % self.every_n_validations == 0
+        if due and trainer.global_step > self._last_step:
             self._observe(trainer, pl_module, logging_step=logging_step(trainer))
             records = self._pending.records if self._pending is not None else ()
-            for key, value in means(self.name, records).items():
+            self._scalars = means(self.name, records)
+        if due:
+            for key, value in self._scalars.items():
                 pl_module.log(key, value, logger=False)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Write down what was seen, with the validation's own metrics, which are there by now."""
-        if self._pending is not None and self.run is not None:
-            epoch, step = self._pending.epoch, self._pending.step
-            self._write()
-            own = f"{self.name}/"
-            logged = {
-                key: float(value)
-                for key, value in trainer.callback_metrics.items()
-                if not key.startswith(own) and torch.as_tensor(value).numel() == 1
-            }
-            self._attempt(
-                "metrics.csv", partial(self.run.folder.append_metrics, epoch, step, logged)
-            )
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self.run is None:
+            return
+        self._write()
+        ours = tuple(f"{c.name}/" for c in trainer.callbacks if isinstance(c, AttributionMonitor))
+        logged = {
+            key: float(value)
+            for key, value in trainer.callback_metrics.items()
+            if not key.startswith(ours) and torch.as_tensor(value).numel() == 1
+        }
+        write = self.run.folder.append_metrics
+        now = (trainer.current_epoch, trainer.global_step)
+        self._attempt("metrics.csv", partial(write, *now, logged))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the sinks."""
@@ -287,6 +300,8 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the sinks; what was recorded stays."""
+        if trainer.state.fn != "fit":
+            return
         self.on_fit_end(trainer, pl_module)
 
     def _find_probes(self, trainer: Any) -> None:
@@ -324,6 +339,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
                 raise error
             self._failed(probe, target, method, error)
 
+        self._rehearsed = True
         observe(
             self._predictor_in(trainer, pl_module),
             self.probes[:1],
@@ -342,12 +358,13 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         resumed = self._resumed if Path(self._resumed.get("folder", "")).is_dir() else {}
         if resumed:
             run_id, root = resumed["run"], Path(resumed["folder"])
-        folder = RunFolder(root)
+        folder = RunFolder(root if resumed else unused(root))
         self.timeline = Timeline(folder, self.keep)
         if resumed:
             self._validations, self._last_step = resumed["validations"], resumed["last_step"]
-            folder.truncate_after(self._last_step)
+            folder.truncate_after(trainer.global_step)
             self.timeline.load_state_dict(resumed["timeline"])
+            self._catch_up(folder)
         asked = {
             kind: {name: repr(value) for name, value in getattr(self.questions, kind).items()}
             for kind in ("targets", "methods", "metrics", "shifts")
@@ -364,6 +381,22 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         )
         for sink in self.sinks:
             self._attempt(type(sink).__name__, partial(sink.open, self.run))
+
+    def _catch_up(self, folder: RunFolder) -> None:
+        """Take in the validation of the checkpoint's own step, where it came after the saving.
+
+        `ModelCheckpoint(every_n_train_steps=...)` saves before the validation of that step, and
+        Lightning does not repeat it on resume: its rows and maps stay.
+        """
+        assert self.timeline is not None
+        late = [r for r in folder.read_records() if r.step > self._last_step]
+        for epoch, step in dict.fromkeys((r.epoch, r.step) for r in late):
+            rows = [r for r in late if (r.epoch, r.step) == (epoch, step)]
+            cells = dict.fromkeys((r.probe, r.target, r.method) for r in rows if r.method)
+            paths = [folder.map_path(*cell, epoch, step) for cell in cells]
+            self.timeline.advance_maps([p for p in paths if p.exists()], mean_dice(rows))
+            self._validations += 1
+            self._last_step = step
 
     def _tell_cost(self, trainer: Any) -> None:
         """Say what the monitor costs, as a count of passes and as a share of an epoch."""
@@ -429,8 +462,9 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             f"{type(error).__name__}: {error}. Training goes on.",
         )
         if self.on_error == "disable":
-            methods = {k: v for k, v in self.questions.methods.items() if k != method}
-            self.questions = replace(self.questions, methods=methods)
+            _, *metric = method.split("/")  # a metric is told as method/metric
+            gone = metric[0] if metric else method
+            self.questions = self.questions.without(gone, metric=bool(metric))
 
     def _attempt(self, who: str, work: Callable[[], Any]) -> None:
         """Do what may fail at the ends (a full disk, a dead server) without ending the training."""

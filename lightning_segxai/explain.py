@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_segxai.baselines import Baseline
+from lightning_segxai.guard import undisturbed
 from lightning_segxai.methods.base import AttributionMethod, LookMethod, MapInMaking
 from lightning_segxai.passes import Here, Look, Trajectory, resolve_layer, walk
 from lightning_segxai.scored import Predictor, ScoredModel
@@ -203,7 +204,9 @@ class _Explanation:
 
     def _alone(self, cell: _Cell) -> None:
         begin = time.perf_counter()
-        cell.values = cell.method.attribute(self.models[cell.target], self.x)
+        # somebody's code: what it does to the network must not reach the next cell
+        with undisturbed(self.predictor.module, self.seed):
+            cell.values = cell.method.attribute(self.models[cell.target], self.x)
         cell.seconds = time.perf_counter() - begin
 
     def _attribution(self, cell: _Cell) -> Attribution:

@@ -32,6 +32,16 @@ class Questions:
     metrics: Mapping[str, FocusMetric]
     shifts: Mapping[str, ShiftMetric]
 
+    def without(self, name: str, *, metric: bool) -> Questions:
+        """The same, but for a method or a metric."""
+        if not metric:
+            return replace(self, methods={k: v for k, v in self.methods.items() if k != name})
+        return replace(
+            self,
+            metrics={k: v for k, v in self.metrics.items() if k != name},
+            shifts={k: v for k, v in self.shifts.items() if k != name},
+        )
+
 
 def observe(
     predictor: Predictor,

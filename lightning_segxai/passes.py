@@ -394,7 +394,7 @@ def weighted(channels: Float[Tensor, "c i j k"], weights: Float[Tensor, " c"]) -
     return torch.einsum("cijk,c->ijk", channels, weights)
 
 
-def to_window(values: Map, padded: tuple[int, int, int], place: Place) -> Map:
+def to_window(values: Map, padded: tuple[int, int, int], place: Place) -> Float[Tensor, "_ _ _"]:
     """A layer's map on the grid of its window: trilinear, cropped where the window was padded."""
     i, j, k = (s.stop - s.start for s in place)
     if values.shape != padded:

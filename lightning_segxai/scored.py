@@ -85,6 +85,9 @@ class Predictor:
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(f"`threshold` must lie between 0 and 1, but got {self.threshold}.")
+        if self.outputs not in (None, "softmax", "sigmoid"):
+            raise ValueError(f"`outputs` must be softmax or sigmoid, but got {self.outputs!r}.")
+        Windows((1, 1, 1), (1, 1, 1), self.overlap)  # refuses a wrong overlap
         if self.looks_per_pass != "auto" and self.looks_per_pass < 1:
             raise ValueError(f"`looks_per_pass` must be at least 1, but got {self.looks_per_pass}.")
 

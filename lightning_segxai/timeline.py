@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -98,6 +98,17 @@ class Timeline:
             attributions: All that the validation brought.
             score: How good the network is, higher is better; None where nobody knows.
         """
+        self.advance_maps(
+            [
+                self.folder.map_path(a.probe.name, a.target, a.method, a.epoch, a.step)
+                for a in attributions
+                if a.status == "ok"
+            ],
+            score,
+        )
+
+    def advance_maps(self, paths: Iterable[Path], score: float | None) -> None:
+        """As `advance`, for maps that lie in the folder already."""
         score = -math.inf if score is None else score
         best = score > self._best_score  # False for NaN
         if best:
@@ -106,11 +117,10 @@ class Timeline:
             isinstance(self.keep, int) and self._validations % self.keep == 0
         )
         self._validations += 1
-        for a in attributions:
-            if a.status == "ok":
-                path = self.folder.map_path(a.probe.name, a.target, a.method, a.epoch, a.step)
-                name = path.relative_to(self.folder.root).as_posix()
-                self._advance_cell(_cell(a), name, best=best, stays=stays)
+        for path in paths:
+            name = path.relative_to(self.folder.root).as_posix()
+            cell = name.removeprefix("maps/").rsplit("/", 1)[0]
+            self._advance_cell(cell, name, best=best, stays=stays)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to hold, of primitives only."""

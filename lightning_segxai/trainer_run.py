@@ -34,6 +34,15 @@ def run_place(trainer: Any, monitor: str) -> tuple[str, Path]:
     return made, Path(trainer.default_root_dir).absolute() / monitor / made
 
 
+def unused(folder: Path) -> Path:
+    """The folder, or the first of ``<folder>-v1``, ``-v2``, ... that holds no run yet."""
+    version, free = 0, folder
+    while (free / "records.csv").exists():
+        version += 1
+        free = folder.with_name(f"{folder.name}-v{version}")
+    return free
+
+
 def logging_step(trainer: Any) -> int:
     """The step under which Lightning logs the metrics of the validation that is going on.
 

@@ -72,7 +72,10 @@ class Layered(nn.Module):
         super().__init__()
         act = nn.ReLU if rectified else nn.Tanh
         self.body = nn.Sequential(
-            nn.Conv3d(channels, 3, 3, padding=1), act(), nn.AvgPool3d(2), nn.Conv3d(3, 4, 3, padding=1)
+            nn.Conv3d(channels, 3, 3, padding=1),
+            act(),
+            nn.AvgPool3d(2),
+            nn.Conv3d(3, 4, 3, padding=1),
         )
         self.act = nn.ELU()
         self.tail = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv3d(4, classes, 3, padding=1))

@@ -154,9 +154,9 @@ def strangers(file: PurePosixPath, source: str) -> list[str]:
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_a_module_is_in_the_table(file):
     """A new module gets its place before it gets its contents."""
-    assert (
-        part(file) == "__init__" or place(part(file)) is not None or part(file) in BESIDE
-    ), f"{file} has no place in the order of the imports: give it one in {Path(__file__).name}"
+    assert part(file) == "__init__" or place(part(file)) is not None or part(file) in BESIDE, (
+        f"{file} has no place in the order of the imports: give it one in {Path(__file__).name}"
+    )
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.as_posix() != "__init__.py"], ids=str)
@@ -179,7 +179,9 @@ def test_names_say_what_a_module_is_for(file):
 
 def test_test_files_have_unique_names():
     """They are imported by their base names, without packages around them."""
-    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    names = [
+        path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"
+    ]
     assert sorted(set(names)) == sorted(names)
     assert "__init__.py" not in names
 

@@ -147,5 +147,7 @@ def test_no_methods_cost_no_more_than_is_announced():
 def test_the_number_of_points_does_not_change_the_bill_of_others():
     """What is walked for one method is not paid by another."""
     alone = cost(Predictor(layered()), [a_probe()], ONE, GRADIENTS).passes
-    with_path = cost(Predictor(layered()), [a_probe()], ONE, GRADIENTS | {"ig": IntegratedGradients(9)})
+    with_path = cost(
+        Predictor(layered()), [a_probe()], ONE, GRADIENTS | {"ig": IntegratedGradients(9)}
+    )
     assert with_path.passes == alone + 2 * 9 + 1

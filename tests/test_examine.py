@@ -8,7 +8,17 @@ from typing import ClassVar
 
 import pytest
 import torch
-from nets_for_tests import Answers, Hungry, Weigh, a_probe, close, layered, linear_net, normed, seeded
+from nets_for_tests import (
+    Answers,
+    Hungry,
+    Weigh,
+    a_probe,
+    close,
+    layered,
+    linear_net,
+    normed,
+    seeded,
+)
 
 from lightning_segxai.examine import examine, measure, measure_shifts
 from lightning_segxai.explain import explain
@@ -259,7 +269,9 @@ class BadAlone(AttributionMethod):
     def attribute(self, model, x):
         if self.where == "attribute":
             raise LookupError("attribute")
-        return {"shape": x, "nothing": None, "numpy": x[0].numpy(), "nan": x[0] * math.nan}[self.where]
+        return {"shape": x, "nothing": None, "numpy": x[0].numpy(), "nan": x[0] * math.nan}[
+            self.where
+        ]
 
 
 FAILING = [
@@ -438,7 +450,9 @@ def rows_of(rows):
 def test_measures_are_tidy_rows():
     """Dice once for a probe, the region once for a target, then each map's."""
     probe = a_probe()
-    maps = examine(layered(), [probe], TARGETS, {"saliency": Saliency(), "ig": IntegratedGradients(2)})
+    maps = examine(
+        layered(), [probe], TARGETS, {"saliency": Saliency(), "ig": IntegratedGradients(2)}
+    )
     rows = measure(maps, {"mean": Mean()}, run="r")
 
     assert rows_of(rows) == [
@@ -469,7 +483,7 @@ def test_measures_are_tidy_rows():
 
 def test_maps_that_are_none_get_their_status():
     """NaN and the map's status; zeros are ``empty``, None is ``unsupported``."""
-    ok, = examine(layered(), [a_probe()], {"t": ClassEvidence(1)}, {"m": Saliency()})
+    (ok,) = examine(layered(), [a_probe()], {"t": ClassEvidence(1)}, {"m": Saliency()})
     broken = [
         replace(ok, status=status, values=torch.full((8, 8, 8), math.nan))
         for status in ("failed", "nonfinite", "unsupported", "empty")
@@ -504,17 +518,19 @@ def test_a_probe_without_a_label_has_no_dice():
 def test_a_probe_that_failed_has_no_invented_dice():
     """Without a prediction there is nothing to compare, and no region to count."""
     net = Hungry(layered(), 0, torch.OutOfMemoryError("CUDA out of memory"))
-    cells = explain(
-        Predictor(net), a_probe(), TARGETS, {"m": Saliency()}, failed=lambda *_: None
-    )
+    cells = explain(Predictor(net), a_probe(), TARGETS, {"m": Saliency()}, failed=lambda *_: None)
     rows = measure(cells, {"mean": Mean()})
     assert not [r for r in rows if r.status == "ok"]
 
 
 def test_shifts_are_against_every_reference():
     """Named by metric and reference."""
-    maps = examine(layered(), [a_probe()], {"t": ClassEvidence(1)}, {"a": Saliency(), "b": InputXGradient()})
-    rows = measure_shifts(maps[0], {"first": maps[1], "best": maps[0]}, {"d": Difference()}, run="r")
+    maps = examine(
+        layered(), [a_probe()], {"t": ClassEvidence(1)}, {"a": Saliency(), "b": InputXGradient()}
+    )
+    rows = measure_shifts(
+        maps[0], {"first": maps[1], "best": maps[0]}, {"d": Difference()}, run="r"
+    )
     assert [(r.metric, r.method, r.status) for r in rows] == [
         ("d/first", "a", "ok"), ("d/best", "a", "ok"),
     ]  # fmt: skip
@@ -544,10 +560,52 @@ def test_a_network_of_numbers_that_need_no_gradient():
         assert torch.equal(a.values, b.values)
 
 
-def test_a_float32_probe_gives_a_float32_map():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_map_has_its_probes_precision(dtype):
     """Of any method."""
     probe = a_probe()
-    single = Probe("s", probe.image.float(), probe.label)
+    same = Probe("s", probe.image.to(dtype), probe.label)
     methods = METHODS | {"noise": SmoothGrad(), "hires": HiResCAM()}
-    for found in examine(layered(), [single], TARGETS, methods):
-        assert found.values.dtype is torch.float32
+    for found in examine(layered(), [same], TARGETS, methods):
+        assert found.values.dtype is dtype
+
+
+def test_a_metric_that_raises_is_told_and_alone():
+    """Its record is ``failed``; without a callback it comes out."""
+
+    @dataclass(frozen=True)
+    class Raises(Mean):
+        def measure(self, attribution):
+            raise LookupError("metric")
+
+    told = []
+    maps = examine(layered(), [a_probe()], {"t": ClassEvidence(1)}, {"m": Saliency()})
+    metrics = {"bad": Raises(), "mean": Mean()}
+    rows = measure(maps, metrics, failed=lambda *what: told.append(what))
+    assert [(r.metric, r.status) for r in rows[-2:]] == [("bad", "failed"), ("mean", "ok")]
+    [(probe, target, cell, error)] = told
+    assert (probe, target, cell) == ("p", "t", "m/bad")
+    assert isinstance(error, LookupError)
+    with pytest.raises(LookupError, match="metric"):
+        measure(maps, metrics)
+
+
+def test_the_region_of_an_unsupported_target_is_not_counted():
+    """It is not empty: it cannot be had."""
+    targets = {"missed": ClassEvidence(1, "false_negative")}
+    maps = examine(layered(), [a_probe(labeled=False)], targets, {"m": Saliency()})
+    [size] = measure(maps, {})
+    assert (size.metric, size.status) == ("region_voxels", "unsupported")
+
+
+def test_a_probe_keeps_its_dice_where_one_target_failed():
+    """The prediction is known all the same, and so are other targets' regions."""
+    targets = {"lacks": ClassEvidence(7), "vessel": ClassEvidence(1)}
+    cells = explain(
+        Predictor(layered()), a_probe(), targets, {"m": Saliency()}, failed=lambda *_: None
+    )
+    by = {(r.metric, r.target): r for r in measure(cells, {})}
+    assert by["dice", ""].status == "ok"
+    assert by["dice", ""].value > 0
+    assert by["region_voxels", "lacks"].status == "failed"
+    assert by["region_voxels", "vessel"].value > 0

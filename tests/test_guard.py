@@ -17,7 +17,7 @@ from lightning_segxai.guard import undisturbed
 X = torch.randn(2, 1, 6, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-class Mine(Exception):
+class MyError(Exception):
     """Raised in the middle of an examination."""
 
 
@@ -27,10 +27,10 @@ def inside(request):
 
     def run(net, what, seed=0):
         fails = request.param == "exception"
-        with pytest.raises(Mine) if fails else nullcontext(), undisturbed(net, seed):
+        with pytest.raises(MyError) if fails else nullcontext(), undisturbed(net, seed):
             what()
             if fails:
-                raise Mine
+                raise MyError
 
     return run
 
@@ -139,7 +139,9 @@ def test_the_users_hooks_come_back_and_their_handles_still_work(inside):
     seen = []
     first = net.conv.register_forward_hook(lambda *_: seen.append("first"))
     second = net.conv.register_forward_hook(lambda *_: seen.append("second"))
-    inside(net, lambda: (first.remove(), net.act.register_forward_hook(lambda *_: seen.append("x"))))
+    inside(
+        net, lambda: (first.remove(), net.act.register_forward_hook(lambda *_: seen.append("x")))
+    )
     net(X)
     assert seen == ["first", "second"]
     first.remove()
@@ -258,6 +260,54 @@ def test_a_buffer_with_nan_comes_back():
     assert bool(net.ghost.isnan().all())
 
 
+def test_a_buffer_of_another_shape_comes_back(inside):
+    """Nothing else is forgotten over it."""
+    net = normed()
+    content = net.ghost.clone()
+    state = torch.get_rng_state()
+
+    def disturb():
+        net.ghost.data = torch.zeros(5)
+        torch.rand(1)
+
+    inside(net, disturb)
+    assert torch.equal(net.ghost, content)
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_module_keeps_for_itself_is_as_before(inside):
+    """Tensors that are no buffers, lists, dictionaries and sets, changed in place."""
+    net = normed()
+    net.act.seen = torch.zeros(2)
+    net.history, net.cache, net.names = [1], {"a": 1}, {"x"}
+    objects = [net.act.seen, net.history, net.cache, net.names]
+
+    def disturb():
+        net.act.seen += 1
+        net.history.append(2)
+        net.cache["b"] = 2
+        net.names.clear()
+
+    inside(net, disturb)
+    assert all(
+        a is b
+        for a, b in zip(objects, [net.act.seen, net.history, net.cache, net.names], strict=True)
+    )
+    assert net.act.seen.tolist() == [0, 0]
+    assert (net.history, net.cache, net.names) == ([1], {"a": 1}, {"x"})
+
+
+def test_a_kept_tensor_that_requires_a_gradient_comes_back():
+    """A leaf of its own, changed in place."""
+    net = normed()
+    net.prompt = torch.ones(2, requires_grad=True)
+    with undisturbed(net, 0), torch.no_grad():
+        net.prompt.add_(1)
+    assert net.prompt.tolist() == [1, 1]
+    assert net.prompt.is_leaf
+
+
 # --- gradients and parameters
 
 
@@ -328,7 +378,9 @@ def test_changed_parameters_are_noticed(change):
     """The error names network and parameter, after everything else is restored."""
     net = normed()
     with (
-        pytest.raises(RuntimeError, match=r"`Normed` changed its parameters: .*(head|conv)\.weight"),
+        pytest.raises(
+            RuntimeError, match=r"`Normed` changed its parameters: .*(head|conv)\.weight"
+        ),
         undisturbed(net, 0),
     ):
         change(net)
@@ -350,10 +402,14 @@ def test_a_replaced_parameter_is_put_back():
 def test_a_changed_parameter_is_noticed_behind_an_exception_too():
     """The first exception is not lost."""
     net = normed()
-    with pytest.raises(RuntimeError, match=r"head\.weight") as caught, undisturbed(net, 0):
+
+    def change_and_fail():
         change_in_place(net)
-        raise Mine
-    assert isinstance(caught.value.__context__, Mine)
+        raise MyError
+
+    with pytest.raises(RuntimeError, match=r"head\.weight") as caught, undisturbed(net, 0):
+        change_and_fail()
+    assert isinstance(caught.value.__context__, MyError)
 
 
 def test_shared_parameters_are_fine():
@@ -365,7 +421,11 @@ def test_shared_parameters_are_fine():
     with undisturbed(net, 0):
         assert net[0].weight.grad is None
     assert net[0].weight.grad is grad
-    with pytest.raises(RuntimeError, match="0.weight, 1.weight"), undisturbed(net, 0), torch.no_grad():
+    with (
+        pytest.raises(RuntimeError, match=r"0\.weight, 1\.weight"),
+        undisturbed(net, 0),
+        torch.no_grad(),
+    ):
         net[0].weight.add_(1)
 
 
@@ -395,6 +455,11 @@ FLAGS = {
     "warn only": (
         torch.is_deterministic_algorithms_warn_only_enabled,
         lambda value: torch.use_deterministic_algorithms(True, warn_only=value),
+        (True, False),
+    ),
+    "cudnn.allow_tf32": (
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda value: setattr(torch.backends.cudnn, "allow_tf32", value),
         (True, False),
     ),
     "matmul": (
@@ -646,12 +711,12 @@ def test_a_mistake_before_it_begins_leaves_no_trace():
 
     class Stubborn(nn.Conv3d):
         def eval(self):
-            raise Mine
+            raise MyError
 
     net = Stubborn(1, 1, 1)
     grad = net.weight.grad = torch.ones_like(net.weight)
     state = torch.get_rng_state()
-    with pytest.raises(Mine), undisturbed(net, 0):
+    with pytest.raises(MyError), undisturbed(net, 0):
         pass
     assert net.weight.grad is grad
     assert torch.equal(torch.get_rng_state(), state)

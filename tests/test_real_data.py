@@ -59,9 +59,9 @@ def preprocessing():
 
 
 def z_scores(image: np.ndarray) -> np.ndarray:
-    """The data module's scaling, again: mean and deviation of the voxels above the mean."""
-    above = image[image > image.mean()].astype(np.float64)
-    return (image - above.mean()) / above.std(ddof=1)
+    """The data module's scaling, again: mean and deviation of all voxels."""
+    voxels = image.astype(np.float64)
+    return (voxels - voxels.mean()) / voxels.std(ddof=1)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 
@@ -11,6 +12,7 @@ from nets_for_tests import (
     Answers,
     Counting,
     Halving,
+    Hungry,
     Weigh,
     a_probe,
     blended,
@@ -23,7 +25,7 @@ from torch import nn
 
 from lightning_segxai.methods.gradients import InputXGradient
 from lightning_segxai.nets import UNet3d
-from lightning_segxai.scored import Predictor, ScoredModel, batches, describe
+from lightning_segxai.scored import Predictor, ScoredModel, describe
 from lightning_segxai.targets import ClassEvidence, ClassMargin
 from lightning_segxai.values import Probe
 
@@ -50,7 +52,7 @@ def test_every_class_has_a_channel(net, outputs, expected):
 
 def test_softmax_needs_two_channels():
     """One channel cannot compete with itself."""
-    with pytest.raises(ValueError, match='`Weigh` has one. Use "sigmoid"'):
+    with pytest.raises(ValueError, match=r'`Weigh` has one\. Use "sigmoid"'):
         Predictor(Weigh(1), outputs="softmax").predict(X)
 
 
@@ -86,10 +88,33 @@ def test_probabilities_are_made_logits_by_the_callable():
 def test_outputs_that_look_like_probabilities_warn(activation):
     """Once for a shape, naming the network and the way out."""
     predictor = Predictor(nn.Sequential(linear_net(), activation))
-    with pytest.warns(UserWarning, match=r"`Sequential` lie in \[0, 1\].*`logits=`") as caught:
+    with pytest.warns(UserWarning, match=r"`Sequential` lie in \[0, 1\].*`logits=`"):
         predictor.predict(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         predictor.predict(X)
-    assert len(caught) == 1
+
+
+def test_an_untrained_network_does_not_warn():
+    """Its logits may all lie in [0, 1], close together."""
+    torch.manual_seed(0)
+    net = UNet3d(channels=2, levels=3).eval()
+    torch.nn.init.constant_(net.head.bias, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = Predictor(net).predict(torch.randn(1, 16, 16, 16))
+    assert 0 < float(logits[1].min()) < float(logits[1].max()) < 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_a_rehearsal_without_memory_is_not_taken_for_a_wrong_size(error):
+    """It comes out as what it is, at once."""
+    net = Hungry(linear_net(), 0, error)
+    with pytest.raises(type(error), match=str(error)):
+        Predictor(net).predict(X)
+    assert net.refused == 1
 
 
 def test_logits_do_not_warn():
@@ -163,7 +188,10 @@ def test_the_gradient_of_padding_goes_back_to_the_last_voxel():
     map_ = InputXGradient().attribute(ScoredModel(predictor, probe, weights), probe.image)
 
     x = probe.image.clone().requires_grad_()
-    (weights * net(nn.functional.pad(x[None], [0, 3, 0, 0, 0, 1], mode="replicate"))[0, :, :7, :, :5]).sum().backward()
+    (
+        weights
+        * net(nn.functional.pad(x[None], [0, 3, 0, 0, 0, 1], mode="replicate"))[0, :, :7, :, :5]
+    ).sum().backward()
     close(map_, (x * x.grad).sum(0).detach())
 
 
@@ -187,10 +215,8 @@ def test_one_rehearsal_for_each_shape(window):
 def test_the_rehearsal_leaves_no_hooks():
     """Also when the network refuses."""
     for net in (linear_net(), seeded(Halving(8)), seeded(Answers("coarse"))):
-        try:
+        with contextlib.suppress(ValueError):
             Predictor(net).predict(torch.randn(1, 7, 8, 8, dtype=torch.float64))
-        except ValueError:
-            pass
         assert not any(m._forward_hooks for m in net.modules())
 
 
@@ -239,11 +265,6 @@ def test_the_context_of_the_forward_is_entered_around_the_network():
     predictor = Predictor(net, forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
     assert predictor.predict(X.float()).dtype is torch.float32
     assert set(seen) == {torch.bfloat16}
-
-
-def test_batches_are_consecutive():
-    """The last one is what is left."""
-    assert list(batches([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
 
 
 def test_looks_per_pass_depend_on_shapes_only():

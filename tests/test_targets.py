@@ -51,7 +51,12 @@ def test_the_background_has_regions_too():
 def test_a_third_class():
     """Regions of many classes come from the argmax."""
     logits = torch.cat([LOGITS, torch.tensor([[9.0, 0, 0, 0]]).reshape(1, 1, 2, 2)])
-    assert ClassEvidence(2, "predicted").weights(PROBE, logits)[2].flatten().tolist() == [1, 0, 0, 0]
+    assert ClassEvidence(2, "predicted").weights(PROBE, logits)[2].flatten().tolist() == [
+        1,
+        0,
+        0,
+        0,
+    ]
     margin = ClassMargin(2, 1, "everywhere").weights(PROBE, logits)
     assert margin.sum(dim=(1, 2, 3)).tolist() == [0, -4, 4]
 
@@ -126,9 +131,7 @@ def test_an_empty_region_gives_no_map():
 def test_a_target_that_cannot_be_had_is_unsupported_and_alone():
     """Other targets of the same probe go on."""
     targets = {"missed": ClassEvidence(1, "false_negative"), "vessel": ClassEvidence(1)}
-    missed, vessel = examine(
-        Weigh(0, 1), [a_probe(labeled=False)], targets, {"m": Saliency()}
-    )
+    missed, vessel = examine(Weigh(0, 1), [a_probe(labeled=False)], targets, {"m": Saliency()})
     assert (missed.status, vessel.status) == ("unsupported", "ok")
     assert "needs a label" in missed.reason
 
@@ -166,10 +169,14 @@ def test_the_threshold_is_not_for_many_exclusive_classes():
     assert torch.equal(predictor.decisive(logits), logits)
 
 
-@pytest.mark.parametrize("target", [ClassEvidence(0), ClassEvidence(0, "everywhere"), VoxelEvidence((0, 0, 0), 0)])
+@pytest.mark.parametrize(
+    "target", [ClassEvidence(0), ClassEvidence(0, "everywhere"), VoxelEvidence((0, 0, 0), 0)]
+)
 def test_a_sigmoid_background_has_no_logit_to_explain(target):
     """It would be a map of zeros; the error says what to ask instead."""
-    with pytest.raises(ValueError, match=r"background of a sigmoid network.*ClassMargin\(label=0, versus=1\)"):
+    with pytest.raises(
+        ValueError, match=r"background of a sigmoid network.*ClassMargin\(label=0, versus=1\)"
+    ):
         examine(Weigh(1), [a_probe()], {"t": target}, {"m": Saliency()})
 
 

@@ -79,9 +79,7 @@ def test_a_wrong_probe_says_what_is_wrong(changes, message):
 
 def test_the_affine_follows_the_spacing():
     """Without an affine, voxel indices times the spacing are millimetres."""
-    assert np.array_equal(
-        probe(spacing_mm=(0.5, 1.0, 2.0)).affine, np.diag([0.5, 1.0, 2.0, 1.0])
-    )
+    assert np.array_equal(probe(spacing_mm=(0.5, 1.0, 2.0)).affine, np.diag([0.5, 1.0, 2.0, 1.0]))
 
 
 def test_a_rotated_affine_keeps_its_spacing():

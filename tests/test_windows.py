@@ -44,7 +44,12 @@ def test_shares_sum_to_one_at_every_voxel(shape, window, overlap):
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.7])
 @pytest.mark.parametrize(
     ("shape", "window"),
-    [((13, 16, 12), (8, 8, 8)), ((11, 9, 10), (8, 6, 4)), ((8, 8, 8), (8, 8, 8)), ((9, 4, 7), (4, 4, 4))],
+    [
+        ((13, 16, 12), (8, 8, 8)),
+        ((11, 9, 10), (8, 6, 4)),
+        ((8, 8, 8), (8, 8, 8)),
+        ((9, 4, 7), (4, 4, 4)),
+    ],
 )
 def test_prediction_is_monais(shape, window, overlap):
     """Placement and weights are those of MONAI's Gaussian sliding window inference."""

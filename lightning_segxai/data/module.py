@@ -62,9 +62,10 @@ class MRADataModule(*_BASES):  # type: ignore[misc]
         probes: How many patches to explain, or files to explain whole.
         validation_share: Share of the subjects kept for validation, in (0, 1); at least one.
         num_workers: Processes that prepare volumes beside the training.
-        intensity: How to scale intensities; z-normalization over the voxels above the mean where
-            it is None. Percentiles that clip would flatten most vessels, which are less than 1 %
-            of the voxels and the brightest.
+        intensity: How to scale intensities; z-normalization over all voxels where it is None. (Over
+            the voxels above the mean the same vessel would be 1 in a box full of vessels and 5 in
+            the next.) Percentiles that clip would flatten most vessels, which are less than 1 % of
+            the voxels and the brightest.
         augmentation: TorchIO transforms of a training patch; a light set where it is None.
         classes: Number of classes, background included, to check labels against; any where it is
             None.
@@ -115,7 +116,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]
         self.samples_per_volume = samples_per_volume
         self.validation_share = validation_share
         self.num_workers = num_workers
-        self.intensity = _z_normalization() if intensity is None else intensity
+        self.intensity = tio.ZNormalization() if intensity is None else intensity
         self.augmentation = light_augmentation() if augmentation is None else augmentation
         self.classes = classes
         self.seed = seed
@@ -243,10 +244,6 @@ class MRADataModule(*_BASES):  # type: ignore[misc]
                 stacklevel=2,
             )
         return [subject_probe(s, name, center, self.patch_size) for s, name, center in in_turn]
-
-
-def _z_normalization() -> tio.Transform:
-    return tio.ZNormalization(masking_method=tio.ZNormalization.mean)
 
 
 def _smaller(shape: tuple[int, int, int], size: tuple[int, int, int]) -> bool:

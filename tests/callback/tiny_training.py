@@ -108,9 +108,7 @@ def plain_task(lightning: Any = pl) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
         def _loss(self, batch: Any) -> Tensor:
-            image, label = (
-                (batch["image"], batch["label"]) if isinstance(batch, dict) else batch
-            )
+            image, label = (batch["image"], batch["label"]) if isinstance(batch, dict) else batch
             return nn.functional.binary_cross_entropy_with_logits(self(image), label.float())
 
     return PlainTask()

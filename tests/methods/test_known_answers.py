@@ -62,7 +62,9 @@ def test_saliency_takes_the_largest_channel():
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([1.0, -4.0, 2.0]).reshape(1, 3, 1, 1, 1))
     probe = a_probe((4, 4, 4), 3)
-    assert torch.equal(only(net, probe, Saliency()).values * 64, torch.full((4, 4, 4), 4.0).double())
+    assert torch.equal(
+        only(net, probe, Saliency()).values * 64, torch.full((4, 4, 4), 4.0).double()
+    )
     signed = only(net, probe, Saliency(absolute=False)).values * 64
     assert torch.equal(signed, torch.full((4, 4, 4), -1.0).double())
 
@@ -86,7 +88,10 @@ def test_integrated_gradients_of_a_linear_network_are_exact_in_one_step(baseline
     start = method.reference.make(probe.image, probe.spacing_mm, torch.Generator().manual_seed(0))
     weigh = only(Weigh(0, 3), probe, method)
     close(weigh.values, 3 * (probe.image - start).sum(0) / 512)
-    close(found.values, only(linear_net(2, bias=True), probe, IntegratedGradients(9, baseline, 1.0)).values)
+    close(
+        found.values,
+        only(linear_net(2, bias=True), probe, IntegratedGradients(9, baseline, 1.0)).values,
+    )
 
 
 @settings(max_examples=15)
@@ -95,7 +100,7 @@ def test_n_steps_integrate_polynomials_of_degree_2n_exactly(steps, fill):
     """The gradient of the power 2n has degree 2n - 1: Gauss-Legendre's order."""
     probe = a_probe((3, 3, 3))
     found = only(Power(2 * steps), probe, IntegratedGradients(steps, fill))
-    expected = (probe.image**(2 * steps) - fill ** (2 * steps))[0] / 27
+    expected = (probe.image ** (2 * steps) - fill ** (2 * steps))[0] / 27
     assert torch.allclose(found.values, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -156,7 +161,8 @@ def test_completeness_is_of_the_scores_not_of_the_map_that_is_shown():
 
 
 @pytest.mark.parametrize(
-    "inner", [Saliency(), InputXGradient(), IntegratedGradients(3), GradCAM(), HiResCAM(), Occlusion(4, 4)]
+    "inner",
+    [Saliency(), InputXGradient(), IntegratedGradients(3), GradCAM(), HiResCAM(), Occlusion(4, 4)],
 )
 def test_smooth_grad_without_noise_is_the_inner_method(inner):
     """And has its unit and layer."""
@@ -167,7 +173,9 @@ def test_smooth_grad_without_noise_is_the_inner_method(inner):
     assert (found.unit, found.layer) == (plain.unit, plain.layer)
 
 
-@pytest.mark.parametrize("inner", [InputXGradient(), Occlusion(4, 2, "zero"), HiResCAM(), GradCAM()])
+@pytest.mark.parametrize(
+    "inner", [InputXGradient(), Occlusion(4, 2, "zero"), HiResCAM(), GradCAM()]
+)
 def test_smooth_grad_is_the_mean_over_noisy_copies(inner):
     """Of the inner method's own maps of them, with the region of the volume itself."""
     probe = a_probe()
@@ -233,7 +241,9 @@ def test_layer_activation_is_of_the_layer():
 @pytest.mark.parametrize("channel", [2, -1])
 def test_a_channel_that_the_layer_lacks(channel):
     """The error says which there are."""
-    with pytest.raises(ValueError, match=re.escape(f"LayerActivation(channel={channel})`: layer 0 has")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"LayerActivation(channel={channel})`: layer 0 has")
+    ):
         only(linear_net(), a_probe(), LayerActivation("0", channel))
 
 
@@ -317,7 +327,12 @@ def test_the_trajectory_is_told_by_settings():
 def test_maps_are_linear_in_the_target():
     """A margin's map is the difference of its classes' maps."""
     probe = a_probe()
-    for method in (Saliency(absolute=False), InputXGradient(), IntegratedGradients(3), HiResCAM(relu=False)):
+    for method in (
+        Saliency(absolute=False),
+        InputXGradient(),
+        IntegratedGradients(3),
+        HiResCAM(relu=False),
+    ):
         margin = only(layered(), probe, method, ClassMargin(1, 0, "everywhere")).values
         one = only(layered(), probe, method, ClassEvidence(1, "everywhere")).values
         zero = only(layered(), probe, method, ClassEvidence(0, "everywhere")).values
