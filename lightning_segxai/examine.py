@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -99,18 +98,26 @@ def measure(
         metric that cannot be had is ``unsupported``, of a map of zeros ``empty``, of a map that
         failed as the map is.
     """
+    attributions = list(attributions)
+    predicted = {a.probe.name: a for a in reversed(attributions) if not _unseen(a)}
     rows: list[Record] = []
     seen: set[tuple[str, ...]] = set()
     for attribution in attributions:
         probe = attribution.probe
         if (probe.name,) not in seen and probe.label is not None:
             seen.add((probe.name,))
-            overlap = dice(attribution.prediction, probe.label)
-            rows.append(record(run, attribution, "dice", "1", overlap, of="probe"))
+            known = predicted.get(probe.name)
+            overlap = math.nan if known is None else dice(known.prediction, probe.label)
+            status: Status = "failed" if known is None else "ok"
+            rows.append(record(run, attribution, "dice", "1", overlap, status, of="probe"))
         if (probe.name, attribution.target) not in seen:
             seen.add((probe.name, attribution.target))
-            size = float(attribution.region.sum())
-            rows.append(record(run, attribution, "region_voxels", "voxel", size, of="target"))
+            aimed = attribution.status != "unsupported" and not _unseen(attribution)
+            size = float(attribution.region.sum()) if aimed else math.nan
+            status = "ok" if aimed else attribution.status
+            rows.append(
+                record(run, attribution, "region_voxels", "voxel", size, status, of="target")
+            )
         axiom = {
             "completeness_error": attribution.completeness_error,
             "cancellation": attribution.cancellation,
@@ -121,9 +128,7 @@ def measure(
             if value is not None
         ]
         rows += [
-            _measured(
-                run, attribution, name, metric.unit, partial(metric.measure, attribution), failed
-            )
+            _measured(run, (attribution,), name, metric.unit, metric.measure, failed)
             for name, metric in metrics.items()
         ]
     return rows
@@ -152,10 +157,10 @@ def measure_shifts(
     return [
         _measured(
             run,
-            attribution,
+            (attribution, reference),
             f"{name}/{which}",
             metric.unit,
-            partial(metric.measure, attribution, reference),
+            metric.measure,
             failed,
         )
         for which, reference in references.items()
@@ -165,18 +170,20 @@ def measure_shifts(
 
 def _measured(
     run: str,
-    attribution: Attribution,
+    maps: tuple[Attribution, ...],
     name: str,
     unit: str,
-    metric: Callable[[], float | None],
+    metric: Callable[..., float | None],
     failed: Failure | None,
 ) -> Record:
-    if attribution.status != "ok":
-        return record(run, attribution, name, unit, math.nan, attribution.status)
-    if not bool(attribution.values.any()):
-        return record(run, attribution, name, unit, math.nan, "empty")
+    attribution = maps[0]
+    for one in maps:
+        if one.status != "ok":
+            return record(run, attribution, name, unit, math.nan, one.status)
+        if not bool(one.values.any()):
+            return record(run, attribution, name, unit, math.nan, "empty")
     try:
-        value = metric()
+        value = metric(*maps)
     except Exception as error:  # a metric is anybody's code
         if failed is None:
             raise
@@ -185,6 +192,11 @@ def _measured(
     if value is None:
         return record(run, attribution, name, unit, math.nan, "unsupported")
     return record(run, attribution, name, unit, value)
+
+
+def _unseen(attribution: Attribution) -> bool:
+    """Whether it failed before the target was aimed: region and prediction are not known."""
+    return attribution.status == "failed" and math.isnan(attribution.score)
 
 
 def record(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lightning_segxai.baselines import Baseline
 from lightning_segxai.guard import undisturbed
 from lightning_segxai.methods.base import AttributionMethod, LookMethod, MapInMaking
 from lightning_segxai.passes import Here, Look, Trajectory, resolve_layer, walk
-from lightning_segxai.scored import Predictor, ScoredModel
+from lightning_segxai.scored import Predictor, ScoredModel, describe
 from lightning_segxai.targets import Target, voxels
 from lightning_segxai.values import (
     Attribution,
@@ -68,6 +69,9 @@ class _Cell:
     method: AttributionMethod
     values: Map | None = None
     layer: str = ""
+    trajectory: Trajectory | None = None
+    error: float | None = None
+    cancellation: float | None = None
     seconds: float = 0.0
     status: Status = "ok"
     reason: str = ""
@@ -76,11 +80,6 @@ class _Cell:
     def open(self) -> bool:
         """Whether its map is still to be made."""
         return self.status == "ok" and self.values is None
-
-    @property
-    def trajectory(self) -> Trajectory | None:
-        """Where its method looks; None where it walks by itself."""
-        return self.method.trajectory if isinstance(self.method, LookMethod) else None
 
 
 @dataclass(eq=False)
@@ -141,11 +140,17 @@ class _Explanation:
                     self.failed(self.probe.name, cell.target, cell.name, error)
 
     def _resolve(self, cell: _Cell) -> None:
-        """Find the cell's layer, so that a wrong name fails by itself."""
-        if cell.method.layer:
+        """Find the cell's layers and trajectory, so that a wrong one fails by itself."""
+        layers = [cell.method.layer] if cell.method.layer else []
+        if isinstance(cell.method, LookMethod):
+            layers += cell.method.layers
+            hash(cell.method.trajectory)  # it is a key
+            cell.trajectory = cell.method.trajectory
+        if layers:
             window = self.x[(slice(None), *self.windows.places[0])]
             rehearsal = self.predictor.rehearse(window)
-            cell.layer = resolve_layer(self.predictor, rehearsal, cell.method.layer)
+            found = [resolve_layer(self.predictor, rehearsal, layer) for layer in layers]
+            cell.layer = found[0] if cell.method.layer else ""
 
     def _predict(self) -> None:
         self._aim(self.predictor.predict(self.x))
@@ -206,20 +211,15 @@ class _Explanation:
         begin = time.perf_counter()
         # somebody's code: what it does to the network must not reach the next cell
         with undisturbed(self.predictor.module, self.seed):
-            cell.values = cell.method.attribute(self.models[cell.target], self.x)
+            made = cell.method.attribute(self.models[cell.target], self.x)
+        self._keep(cell, made)
         cell.seconds = time.perf_counter() - begin
 
     def _attribution(self, cell: _Cell) -> Attribution:
         model = self.models.get(cell.target)
         values = torch.full((1, 1, 1), math.nan).expand(self.probe.shape)
-        error: float | None = None
-        cancellation: float | None = None
-        if model is not None and cell.values is not None:
-            made = cell.values.detach()
-            self._check(cell, made)
-            if cell.status == "ok":
-                error, cancellation = self._completeness(cell, model, made)
-                values = (made / (model.voxels if cell.method.shares_score else 1)).cpu()
+        if model is not None and cell.values is not None and cell.status == "ok":
+            values = (cell.values / (model.voxels if cell.method.shares_score else 1)).cpu()
         aimed = model is not None and self.logits is not None and model.voxels > 0
         return Attribution(
             probe=self.probe,
@@ -235,23 +235,28 @@ class _Explanation:
             ),
             prediction=self._prediction(),
             score=model.score(self.logits) / model.voxels if aimed else math.nan,  # type: ignore[union-attr, arg-type]
-            completeness_error=error,
-            cancellation=cancellation,
+            completeness_error=cell.error,
+            cancellation=cell.cancellation,
             seconds=cell.seconds,
             status=cell.status,
             reason=cell.reason,
         )
 
-    def _check(self, cell: _Cell, made: Tensor) -> None:
-        if made.shape != self.probe.shape:
-            cell.status = "failed"
-            cell.reason = (
-                f"the map has shape {tuple(made.shape)}, but {tuple(self.probe.shape)} is needed"
+    def _keep(self, cell: _Cell, made: Any) -> None:
+        """Check a map and its axiom; a stranger's method may give anything."""
+        if not isinstance(made, Tensor) or made.shape != self.probe.shape:
+            raise ValueError(
+                f"`{cell.method}` gave {describe(made)}, but a map of the probe's "
+                f"{tuple(self.probe.shape)} voxels is needed."
             )
-        elif not bool(torch.isfinite(made).all()):
+        made = made.detach()
+        if not bool(torch.isfinite(made).all()):
             logits = self.logits is not None and bool(torch.isfinite(self.logits).all())
             cell.status = "nonfinite"
             cell.reason = f"NaN or infinity in the map, {'not' if logits else 'and'} in the logits"
+            return
+        cell.error, cell.cancellation = self._completeness(cell, self.models[cell.target], made)
+        cell.values = made
 
     def _prediction(self) -> Tensor:
         if self.logits is None:
@@ -296,4 +301,5 @@ class _CellFold:
     def finish(self) -> None:
         """Make the map."""
         making = self.making
-        self.cell.values = making.method.finish(making.model, self.whole.x, making.state)
+        made = making.method.finish(making.model, self.whole.x, making.state)
+        self.whole._keep(self.cell, made)

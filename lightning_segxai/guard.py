@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,9 @@ def undisturbed(module: nn.Module, seed: int) -> Iterator[None]:
         ):
             yield
     finally:
-        for restore in reversed(restores):
-            restore()
+        with ExitStack() as last_first:  # it goes on where one of them fails
+            for restore in restores:
+                last_first.callback(restore)
         now = dict(module.named_parameters(remove_duplicate=False))
         changed = [
             name
@@ -113,13 +114,35 @@ def _flags() -> Restore:
     before = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    dtype, precision = torch.get_default_dtype(), _precision()
 
     def restore() -> None:
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic = before
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.set_float32_matmul_precision(precision)
+        precision()
         torch.set_default_dtype(dtype)
+
+    return restore
+
+
+def _precision() -> Restore:
+    """Precision of matmul and cudnn, the old way or, from torch 2.9, the new: they do not mix."""
+    cudnn = torch.backends.cudnn
+    try:
+        matmul, tf32 = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # this process uses the new way
+        parts = (torch.backends, torch.backends.cuda.matmul, cudnn, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+        words = [part.fp32_precision for part in parts]
+
+        def restore_words() -> None:
+            for part, word in zip(parts, words, strict=True):
+                part.fp32_precision = word
+
+        return restore_words
+
+    def restore() -> None:
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = tf32
 
     return restore
 
@@ -127,16 +150,15 @@ def _flags() -> Restore:
 def _modules(module: nn.Module) -> Restore:
     """Attributes of every submodule: its training flag, hooks, children, and what was added.
 
-    Dictionaries that torch keeps for a module are emptied and filled again, not replaced: handles
-    of hooks refer to them.
+    Containers are emptied and filled again, not replaced: handles of hooks refer to them.
     """
     before = []
     for part in module.modules():
         attributes = dict(vars(part))
         inside = {
-            name: dict(value)
+            name: _like(value)
             for name, value in attributes.items()
-            if isinstance(value, dict) and name.startswith("_")
+            if isinstance(value, dict | list | set)
         }
         before.append((part, attributes, inside))
 
@@ -150,19 +172,31 @@ def _modules(module: nn.Module) -> Restore:
             for name, content in inside.items():
                 own = current[name]
                 own.clear()
-                own.update(content)
+                (own.extend if isinstance(own, list) else own.update)(content)
 
     return restore
 
 
+def _like(container: Any) -> Any:
+    """A plain container of the same contents."""
+    kind = next(kind for kind in (dict, list, set) if isinstance(container, kind))
+    return kind(container)
+
+
 def _buffers(module: nn.Module) -> Restore:
-    """The content too: batch norm changes its statistics without bumping their version."""
-    before: list[tuple[Tensor, Tensor]] = [(b, b.detach().clone()) for b in module.buffers()]
+    """The content too: batch norm changes its statistics without bumping their version.
+
+    Tensors that a module keeps without registering them are meant as well.
+    """
+    kept = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)]
+    before = [(b, b.detach().clone()) for b in (*module.buffers(), *kept)]
 
     def restore() -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for buffer, content in before:
-                if not torch.equal(buffer, content):
+                if buffer.shape != content.shape or buffer.dtype != content.dtype:
+                    buffer.data = content
+                elif not torch.equal(buffer, content):
                     buffer.copy_(content)
 
     return restore
@@ -185,6 +219,9 @@ def _silence(module: nn.Module) -> None:
     def silent(*_: Any, **__: Any) -> None:
         """Do nothing: what is logged while explaining is not the training's."""
 
-    for name in ("log", "log_dict"):
-        if callable(getattr(module, name, None)) and not isinstance(module, nn.ModuleDict):
-            vars(module)[name] = silent
+    # parts too: a compiled wrapper's forward is that of the module inside. What has but one of the
+    # two is no LightningModule: its `log` may be a logarithm
+    names = ("log", "log_dict")
+    for part in module.modules():
+        if all(callable(getattr(type(part), name, None)) for name in names):
+            vars(part).update(dict.fromkeys(names, silent))

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_segxai.baselines import Baseline
-from lightning_segxai.scored import Item, Predictor, Rehearsal, ScoredModel, batches
+from lightning_segxai.scored import Predictor, Rehearsal, ScoredModel, in_pieces
 from lightning_segxai.values import Logits, Map, Probe, Volume
 from lightning_segxai.windows import Place
 
@@ -183,7 +183,6 @@ def walk(
     """Walk a trajectory once, window by window, and let every fold see every look.
 
     One forward for each window of each point, and one backward for each target that is asked for.
-    On an out-of-memory error the batch is halved, down to one window.
 
     Args:
         predictor: The network.
@@ -203,19 +202,16 @@ def walk(
         for point in trajectory.points(x, probe, generator)
         for place in windows.places
     )
-    size = predictor.batch(windows.places[0])
-    waiting: list[tuple[Point, Place]] = []
     folds: Sequence[Fold] | None = None
+    models: list[ScoredModel] = []
 
-    def look(batch: list[tuple[Point, Place]]) -> None:
-        nonlocal folds
+    def look(batch: list[tuple[Point, Place]]) -> tuple[dict[str, Tensor], list[_Gradients]]:
+        nonlocal folds, models
         inputs = torch.stack([point.input[(slice(None), *place)] for point, place in batch])
         seen = _see(predictor, inputs, resolved)
         if folds is None:
             folds = aim(seen.logits[0].detach())
-        if not folds:
-            return
-        models = list({id(fold.model): fold.model for fold in folds}.values())
+            models = list({id(fold.model): fold.model for fold in folds}.values())
         gradients = [
             seen.gradients(
                 torch.stack([model.window_weights(windows, place) for _, place in batch]),
@@ -223,6 +219,13 @@ def walk(
             )
             for model in models
         ]
+        return {name: a.detach() for name, a in seen.activations.items()}, gradients
+
+    for batch, (activations, gradients) in in_pieces(
+        work, predictor.batch(windows.places[0]), look
+    ):
+        if not folds:
+            return
         predictor.passes.backward += len(batch) * len(models)
         for n, (point, place) in enumerate(batch):
             for model, (by_input, by_layer) in zip(models, gradients, strict=True):
@@ -230,10 +233,7 @@ def walk(
                     point,
                     place,
                     by_input[n],
-                    {
-                        name: LayerLook(seen.activations[name][n].detach(), by_layer[name][n])
-                        for name in layers
-                    },
+                    {name: LayerLook(activations[name][n], by_layer[name][n]) for name in layers},
                     place == last,
                     rehearsal.padded,
                 )
@@ -241,39 +241,9 @@ def walk(
                     if fold.model is model:
                         fold.see(shown)
 
-    for item in work:
-        waiting.append(item)
-        if len(waiting) == size:
-            size = _in_pieces(look, waiting, size)
-            waiting = []
-    if waiting:
-        _in_pieces(look, waiting, size)
 
-
-def _in_pieces(look: Callable[[list[Item]], None], work: list[Item], size: int) -> int:
-    """Run ``look`` on the work in batches of ``size``, halved where memory does not suffice."""
-    while work:
-        try:
-            look(work[:size])
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if size == 1 or not out_of_memory(error):
-                raise
-        else:
-            work = work[size:]
-            continue
-        size = max(1, min(size, len(work)) // 2)  # outside the except: its frames hold the graph
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return size
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the GPU or the CPU."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text)
-    )
+_Gradients = tuple[Tensor, dict[str, Tensor]]
+"""Of each window's score: with respect to its input, and to its layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +254,7 @@ class _Seen:
     logits: Tensor
     activations: dict[str, Tensor]
 
-    def gradients(self, weights: Tensor, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, weights: Tensor, keep: bool) -> _Gradients:
         """Gradients of each window's score with respect to its input and its layers."""
         wanted = [self.inputs, *self.activations.values()]
         found = torch.autograd.grad(
@@ -370,7 +340,7 @@ def resolve_layer(predictor: Predictor, rehearsal: Rehearsal, layer: str) -> str
 
 
 @torch.no_grad()
-def project(model: ScoredModel, x: Volume, layer: str, weights: Float[Tensor, " c"]) -> Map:
+def project(model: ScoredModel, x: Volume, layer: str, weights: Float[Tensor, " channels"]) -> Map:
     """A weighted sum of a layer's channels, each window's on the input's grid, blended.
 
     One forward for each window.
@@ -380,10 +350,14 @@ def project(model: ScoredModel, x: Volume, layer: str, weights: Float[Tensor, " 
     rehearsal = predictor.rehearse(x[(slice(None), *windows.places[0])])
     name = resolve_layer(predictor, rehearsal, layer)
     blended = x.new_zeros(x.shape[1:])
-    for batch in batches(windows.places, predictor.batch(windows.places[0])):
+
+    def look(batch: list[Place]) -> Tensor:
         with tapped(predictor.module, {name}) as taps:
             predictor.window_logits(torch.stack([x[(slice(None), *p)] for p in batch]))
-        for place, activation in zip(batch, taps[name], strict=True):
+        return taps[name]
+
+    for batch, activations in in_pieces(windows.places, predictor.batch(windows.places[0]), look):
+        for place, activation in zip(batch, activations, strict=True):
             part = to_window(weighted(activation.to(x.dtype), weights), rehearsal.padded, place)
             blended[place] += part * windows.share(place, x.dtype).to(x.device)
     return blended
@@ -394,7 +368,7 @@ def weighted(channels: Float[Tensor, "c i j k"], weights: Float[Tensor, " c"]) -
     return torch.einsum("cijk,c->ijk", channels, weights)
 
 
-def to_window(values: Map, padded: tuple[int, int, int], place: Place) -> Float[Tensor, "_ _ _"]:
+def to_window(values: Float[Tensor, "p q r"], padded: tuple[int, int, int], place: Place) -> Map:
     """A layer's map on the grid of its window: trilinear, cropped where the window was padded."""
     i, j, k = (s.stop - s.start for s in place)
     if values.shape != padded:

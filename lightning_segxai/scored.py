@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from lightning_segxai.windows import Place, Shape, Windows
 
 Outputs = Literal["softmax", "sigmoid"]
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -141,8 +143,11 @@ class Predictor:
         """Blended logits of a whole volume."""
         windows = self.windows(x.shape[1:])
         blended: Tensor | None = None
-        for batch in batches(windows.places, self.batch(windows.places[0])):
-            logits = self.window_logits(torch.stack([x[(slice(None), *p)] for p in batch]))
+
+        def look(batch: list[Place]) -> Tensor:
+            return self.window_logits(torch.stack([x[(slice(None), *p)] for p in batch]))
+
+        for batch, logits in in_pieces(windows.places, self.batch(windows.places[0]), look):
             if blended is None:
                 blended = logits.new_zeros((logits.shape[1], *x.shape[1:]))
             for place, part in zip(batch, logits, strict=True):
@@ -175,9 +180,9 @@ class Predictor:
             try:
                 with _traced(self.module) as layers:
                     raw = self._run(_pad(x[None], (i, j, k)))
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, ValueError, AssertionError) as error:
+                if out_of_memory(error):
+                    raise
                 refusals.append(f"{(i, j, k)}: {error}")
                 continue
             self.passes.forward += 1
@@ -251,10 +256,12 @@ class ScoredModel:
         windows = self.predictor.windows(x.shape[2:])
         work = [(n, place) for n in range(len(x)) for place in windows.places]
         scores: list[list[Tensor]] = [[] for _ in x]
-        for batch in batches(work, self.predictor.batch(windows.places[0])):
-            logits = self.predictor.window_logits(
-                torch.stack([x[(n, slice(None), *place)] for n, place in batch])
-            )
+
+        def look(batch: list[tuple[int, Place]]) -> Tensor:
+            inputs = torch.stack([x[(n, slice(None), *place)] for n, place in batch])
+            return self.predictor.window_logits(inputs)
+
+        for batch, logits in in_pieces(work, self.predictor.batch(windows.places[0]), look):
             for (n, place), part in zip(batch, logits, strict=True):
                 scores[n].append((self.window_weights(windows, place) * part).sum())
         return torch.stack([torch.stack(parts).sum() for parts in scores])
@@ -269,10 +276,42 @@ class ScoredModel:
         return torch.Generator().manual_seed(self.seed)
 
 
-def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive pieces of at most ``size`` items."""
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
+def in_pieces(
+    work: Iterable[Item], size: int, look: Callable[[list[Item]], Result]
+) -> Iterator[tuple[list[Item], Result]]:
+    """Consecutive pieces of the work, each with what ``look`` says of it.
+
+    On an out-of-memory error the size is halved, down to one. What is done with a result is done
+    outside, so an error there never makes a piece come twice.
+    """
+    items, waiting = iter(work), list[Item]()
+    while True:
+        waiting += islice(items, max(0, size - len(waiting)))
+        piece = waiting[:size]
+        if not piece:
+            return
+        try:
+            result = look(piece)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if len(piece) == 1 or not out_of_memory(error):
+                raise
+        else:
+            del waiting[: len(piece)]
+            yield piece, result
+            del result  # before the next look needs memory
+            continue
+        size = len(piece) // 2  # outside the except: its frames hold the graph
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the GPU or the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text)
+    )
 
 
 def describe(output: object) -> str:
@@ -336,8 +375,12 @@ class _traced:  # noqa: N801 - a context manager reads like a verb
 
 
 def _warn_of_probabilities(raw: Tensor, module: nn.Module) -> None:
-    low, high = (float(v) for v in raw.detach().float().aminmax())
-    if low >= 0 and high <= 1 and high > low:
+    values = raw.detach().float()
+    low, high = (float(v) for v in values.aminmax())
+    # logits of an untrained network may lie in [0, 1] too, but close together and of any sum
+    total = values.sum(dim=1)
+    exclusive = raw.shape[1] > 1 and torch.allclose(total, torch.ones_like(total), atol=1e-3)
+    if low >= 0 and high <= 1 and (high - low > 0.5 or (exclusive and high > low)):
         warnings.warn(
             f"All outputs of `{type(module).__name__}` lie in [0, 1]: they look like "
             "probabilities. Explanations need logits; use `logits=` to say where they are.",

@@ -207,13 +207,29 @@ class _Count(torch.autograd.Function):
         return gradient, None
 
 
+class Tally:
+    """Counts that outlive the guard, which restores containers of a network."""
+
+    def __init__(self, **counts: int) -> None:
+        self.update(**counts)
+
+    def update(self, **counts: int) -> None:
+        vars(self).update(counts)
+
+    def __getitem__(self, name: str) -> int:
+        return vars(self)[name]
+
+    def __setitem__(self, name: str, count: int) -> None:
+        vars(self)[name] = count
+
+
 class Counting(nn.Module):
     """Counts the batch items that go through it, forward and backward."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.counts = {"forward": 0, "backward": 0, "calls": 0}
+        self.counts = Tally(forward=0, backward=0, calls=0)
 
     def forward(self, x: Tensor) -> Any:
         return self.net(_Count.apply(x, self.counts))

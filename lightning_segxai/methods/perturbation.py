@@ -70,7 +70,8 @@ class Occlusion(AttributionMethod):
                 perturbations_per_eval=model.predictor.batch(windows.places[0]),
                 show_progress=False,
             )
-        return effect[0, 0]  # a cube hides all channels, so each channel holds the same effect
+        # a cube hides all channels, so each channel holds the same effect; Captum gives float32
+        return effect[0, 0].to(x.dtype)
 
     def extra_passes(self, shape: Shape, windows: int) -> int:
         """The cubes and the volume itself, each by all windows."""

@@ -15,9 +15,9 @@ from PIL import Image
 from wandb_log import read_runs
 
 from lightning_segxai.folder import RunFolder
-from lightning_segxai.sinks.base import Observation, Run
+from lightning_segxai.sinks.base import Observation, Run, means
 from lightning_segxai.sinks.files import FileSink
-from lightning_segxai.sinks.wandb import WandbSink, _means, _shown, _tabulate
+from lightning_segxai.sinks.wandb import WandbSink, _shown, _tabulate
 from lightning_segxai.values import Probe, Record
 
 PROBES = tuple(Probe(name, torch.rand(1, 2, 2, 2)) for name in ("left", "right"))
@@ -230,7 +230,7 @@ def test_means_are_over_the_probes_that_have_a_value():
         a_record(1, "a", "shift/first", math.nan, status="empty"),
     ]
 
-    assert _means("m", records) == {"m/metric/inside/vessel/ig": 0.25}
+    assert means("m", records) == {"m/metric/inside/vessel/ig": 0.25}
 
 
 def test_probe_without_maps_has_its_row():
