@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 DESCRIPTION = "Watch where a 3D vessel segmentation network looks while it trains."
@@ -74,7 +75,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _demo(chosen: argparse.Namespace) -> None:
     from lightning_segxai.demo import demo
 
-    demo(chosen.out, run_lightning)
+    demo(chosen.out, partial(run_lightning, quiet=True))
 
 
 def _layers(chosen: argparse.Namespace) -> None:
@@ -105,23 +106,27 @@ def configured(configs: Sequence[str]) -> Any:
     Returns:
         A LightningCLI with ``model``, ``datamodule`` and ``segxai``.
     """
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # no training: its greetings mislead
-    return run_lightning([part for config in configs for part in ("--config", config)], run=False)
+    return run_lightning(
+        [part for config in configs for part in ("--config", config)], run=False, quiet=True
+    )
 
 
-def run_lightning(args: list[str], run: bool = True) -> Any:
+def run_lightning(args: list[str], *, run: bool = True, quiet: bool = False) -> Any:
     """LightningCLI with the monitor as the top-level key ``segxai:``, and first of the callbacks.
 
     Args:
         args: The command line.
         run: Whether to run the subcommand that ``args`` starts with.
+        quiet: Whether to leave out Lightning's greetings and tips.
     """
     import pytorch_lightning.cli as lightning
 
     import lightning_segxai
     from lightning_segxai.callback import AttributionMonitor
 
+    if quiet:
+        for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     for name in lightning_segxai.__all__:  # known by their short names once they are imported
         getattr(lightning_segxai, name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import sys
@@ -36,8 +35,6 @@ def demo(out: str, run: Callable[[list[str]], Any]) -> None:
         raise ValueError(f"`segxai demo --out {out}` needs a folder, but that is a file.")
     root.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 under torch 2.13 says it at every batch type; to go with a later Lightning.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     begin = time.perf_counter()

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 class Above(nn.Module):
     """One logit: by how much a voxel exceeds ``cut``. It looks at nothing but those that do."""
 
-    def __init__(self, cut: float = 6.0) -> None:
+    def __init__(self, cut: float = 8.0) -> None:
         super().__init__()
         self.cut = cut
         self.scale = nn.Parameter(torch.ones(1))
@@ -134,7 +134,7 @@ def explained(tmp_path_factory) -> Path:
     config = {
         "model": {
             "class_path": "lightning_segxai.SegmentationTask",
-            "init_args": {"net": {"class_path": f"{__name__}.Above", "init_args": {"cut": 6.0}}},
+            "init_args": {"net": {"class_path": f"{__name__}.Above", "init_args": {"cut": 8.0}}},
         },
         "data": {
             "class_path": "lightning_segxai.MRADataModule",
@@ -165,9 +165,9 @@ def test_explain_writes_maps_on_the_grid_of_the_file(explained) -> None:
 def test_explain_puts_every_voxel_of_a_map_where_it_was_in_the_file(explained) -> None:
     """The saliency of a network that sees only bright voxels marks the file's bright vessels."""
     scores, vessel = z_scores(voxels_of(IMAGE)), voxels_of(LABEL) > 0
-    clear = np.abs(scores - 6.0) > 1e-3  # elsewhere float32 may decide
+    clear = np.abs(scores - 8.0) > 1e-3  # elsewhere float32 may decide
     marked = nib.load(explained / "maps/vessel/saliency.nii.gz").get_fdata()
-    expected = (scores > 6.0) & vessel
+    expected = (scores > 8.0) & vessel
 
     assert 50 < expected.sum() < 0.2 * vessel.sum()
     assert not np.array_equal(expected, expected[::-1, ::-1])  # a turned map would be told
@@ -180,10 +180,10 @@ def test_explain_puts_every_voxel_of_a_map_where_it_was_in_the_file(explained) -
 def test_explain_puts_the_prediction_where_it_was_in_the_file(explained) -> None:
     """What the network says is vessel is what is bright in the file, voxel by voxel."""
     scores = z_scores(voxels_of(IMAGE))
-    clear = np.abs(scores - 6.05) > 1e-3
+    clear = np.abs(scores - 8.05) > 1e-3
     predicted = voxels_of(explained / "prediction.nii.gz") > 0
 
-    np.testing.assert_array_equal(predicted[clear], (scores > 6.05)[clear])
+    np.testing.assert_array_equal(predicted[clear], (scores > 8.05)[clear])
 
 
 def test_explain_writes_a_picture_and_records(explained) -> None:
