@@ -268,7 +268,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         if self.run is None:
             self._open(trainer, pl_module)
         # With accumulated gradients a step can be validated twice; the weights are the same.
-        due = (self._validations - 1) % self.every_n_validations == 0
+        due = self._validations % self.every_n_validations == 0
         if due and trainer.global_step > self._last_step:
             self._observe(trainer, pl_module, logging_step=logging_step(trainer))
             records = self._pending.records if self._pending is not None else ()

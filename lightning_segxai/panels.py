@@ -163,11 +163,21 @@ def outlined(tile: Tile, mask: Bool[Tensor, "i j"], view: View) -> Tile:
     # Blurred by half a voxel, corners of voxels become a smooth line; 0.4 keeps single voxels.
     cover = Image.fromarray(np.uint8(255 * np.clip(view(mask.float(), finer), 0.0, 1.0)))
     inside = cover.filter(ImageFilter.GaussianBlur(0.5 * voxel)).point(lambda p: 255 * (p > 102))
-    wider = inside.filter(ImageFilter.MaxFilter(2 * finer + 1))
-    ring = np.asarray(wider, dtype=np.float64) - np.asarray(inside)
+    full = np.asarray(inside, dtype=np.float64)
+    ring = _widened(full, finer) - full
     shape = (view.height, finer, view.width, finer)
     alpha = 0.85 * ring.reshape(shape).mean(axis=(1, 3))[..., None] / 255
     return _bytes((1 - alpha) * tile + alpha * 255)
+
+
+def _widened(plane: Plane, reach: int) -> Plane:
+    """The largest value in the square of ``reach`` pixels around each pixel, one axis by one."""
+    for axis in (0, 1):
+        pad = [(reach, reach) if a == axis else (0, 0) for a in (0, 1)]
+        padded, size = np.pad(plane, pad, mode="edge"), plane.shape[axis]
+        shifted = (padded.take(range(n, n + size), axis=axis) for n in range(2 * reach + 1))
+        plane = np.maximum.reduce(list(shifted))
+    return plane
 
 
 def _positions(values: Float[Tensor, "i j"], mean: float, view: View) -> Plane:
