@@ -18,6 +18,7 @@ from lightning_segxai.folder import RunFolder
 from lightning_segxai.values import Record
 
 CONFIG = "phantom.yaml"
+METHOD = "integrated_gradients"
 
 
 def demo(out: str, run: Callable[[list[str]], Any]) -> None:
@@ -49,9 +50,12 @@ def demo(out: str, run: Callable[[list[str]], Any]) -> None:
     seconds = time.perf_counter() - begin
     folder: RunFolder = cli.segxai.run.folder
     console = Console()
-    console.print(_table(folder.read_records()))
+    records = folder.read_records()
+    console.print(_table(records))
     dice = float(cli.trainer.callback_metrics["val_dice"])
+    first, last = (_mean(_at(records, end), "mass_inside", METHOD) for end in (0, -1))
     console.print(f"final validation Dice   {dice:.3f}")
+    console.print(f"{METHOD}    {first} on vessels untrained, {last} at the end")
     console.print(f"wall time               {seconds:.0f} s")
     console.print(f"peak memory             {peak_gib():.2f} GiB")
     for what, where in (
@@ -82,11 +86,21 @@ def _table(records: list[Record]) -> Table:
     methods = list(dict.fromkeys(r.method for r in records if r.metric == "mass_inside"))
     for column in ("epoch", "step", "probe Dice", *methods):
         table.add_column(column, justify="right")
-    for epoch, step in dict.fromkeys((r.epoch, r.step) for r in records):
-        now = [r for r in records if (r.epoch, r.step) == (epoch, step)]
+    for n, (epoch, step) in enumerate(_moments(records)):
+        now = _at(records, n)
         cells = [_mean(now, "dice", "")] + [_mean(now, "mass_inside", m) for m in methods]
         table.add_row(str(epoch), "untrained" if step == 0 else str(step), *cells)
     return table
+
+
+def _moments(records: list[Record]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((r.epoch, r.step) for r in records))
+
+
+def _at(records: list[Record], n: int) -> list[Record]:
+    """The records of the n-th observation."""
+    moment = _moments(records)[n]
+    return [r for r in records if (r.epoch, r.step) == moment]
 
 
 def _mean(records: list[Record], metric: str, method: str) -> str:
