@@ -42,8 +42,7 @@ from lightning_segxai.trainer_run import (
     share_of_epoch,
     unused,
 )
-from lightning_segxai.values import Probe, checked_name
-from lightning_segxai.windows import as_shape
+from lightning_segxai.values import Probe, as_shape, checked_name
 
 # A Trainer runs callbacks of any namespace, but a LightningCLI knows only those of its own.
 _BASES = tuple(

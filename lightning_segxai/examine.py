@@ -18,8 +18,7 @@ from lightning_segxai.methods.base import AttributionMethod, LookMethod
 from lightning_segxai.passes import Here, Trajectory
 from lightning_segxai.scored import Outputs, Predictor
 from lightning_segxai.targets import Target
-from lightning_segxai.values import Attribution, Probe, Record, Status
-from lightning_segxai.windows import as_shape
+from lightning_segxai.values import Attribution, Probe, Record, Status, as_shape
 
 
 def examine(

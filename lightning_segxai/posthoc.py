@@ -25,7 +25,7 @@ from lightning_segxai.guard import undisturbed
 from lightning_segxai.observe import observe
 from lightning_segxai.passes import resolve_layer
 from lightning_segxai.scored import Predictor
-from lightning_segxai.windows import as_shape
+from lightning_segxai.values import as_shape
 
 
 def show_layers(

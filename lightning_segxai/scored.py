@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_segxai.targets import Target, voxels
-from lightning_segxai.values import Logits, Probe, Volume
-from lightning_segxai.windows import Place, Shape, Windows
+from lightning_segxai.values import Logits, Probe, Shape, Volume
+from lightning_segxai.windows import Place, Windows
 
 Outputs = Literal["softmax", "sigmoid"]
 Item = TypeVar("Item")

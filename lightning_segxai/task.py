@@ -15,7 +15,8 @@ from skimage.morphology import skeletonize
 from torch import Tensor, nn
 
 from lightning_segxai.losses import DeepSupervision, FocalTverskyLoss, heads
-from lightning_segxai.windows import Windows, as_shape
+from lightning_segxai.values import as_shape
+from lightning_segxai.windows import Windows
 
 
 class SegmentationTask(pl.LightningModule):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal, get_args
@@ -28,6 +28,9 @@ Mask = Bool[Tensor, "i j k"]
 """A region of the volume."""
 Logits = Float[Tensor, "classes i j k"]
 """What a network says of one volume, before softmax or sigmoid."""
+
+Shape = tuple[int, int, int]
+"""Voxels along i, j, k."""
 
 Status = Literal["ok", "empty", "unsupported", "failed", "nonfinite"]
 """How a cell ended.
@@ -61,6 +64,21 @@ def checked_name(name: str, what: str) -> str:
             "Use letters, digits, '.', '_' and '-', no leading dot, at most 100 characters."
         )
     return name
+
+
+def as_shape(size: int | Sequence[int], what: str) -> Shape:
+    """Three sizes from one or three.
+
+    >>> as_shape(64, "window")
+    (64, 64, 64)
+
+    Raises:
+        ValueError: unless it is one or three positive whole numbers.
+    """
+    sizes = (size,) * 3 if isinstance(size, int) else tuple(size)
+    if len(sizes) != 3 or any(not isinstance(s, int) or s < 1 for s in sizes):
+        raise ValueError(f"`{what}` needs one or three positive whole numbers, but got {size}.")
+    return sizes[0], sizes[1], sizes[2]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ over windows, and its gradient can be gathered window by window.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -17,23 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Shape = tuple[int, int, int]
+from lightning_segxai.values import Shape
+
 Place = tuple[slice, slice, slice]
-
-
-def as_shape(size: int | Sequence[int], what: str) -> Shape:
-    """Three sizes from one or three.
-
-    >>> as_shape(64, "window")
-    (64, 64, 64)
-
-    Raises:
-        ValueError: unless it is one or three positive whole numbers.
-    """
-    sizes = (size,) * 3 if isinstance(size, int) else tuple(size)
-    if len(sizes) != 3 or any(not isinstance(s, int) or s < 1 for s in sizes):
-        raise ValueError(f"`{what}` needs one or three positive whole numbers, but got {size}.")
-    return sizes[0], sizes[1], sizes[2]
 
 
 @dataclass(frozen=True)

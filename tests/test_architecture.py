@@ -44,7 +44,7 @@ BESIDE: dict[str, frozenset[str]] = {
     "nets": frozenset(),
     "losses": frozenset(),
     "data": frozenset({"values", "vessels", "windows"}),
-    "task": frozenset({"vessels", "windows", "losses"}),
+    "task": frozenset({"values", "vessels", "windows", "losses"}),
     "compare": frozenset({"values", "focus", "folder", "render"}),
 }
 # ... and who may import them, themselves excepted.
@@ -203,7 +203,8 @@ def test_test_files_have_unique_names():
         ("methods/noise.py", "from lightning_segxai.guard import undisturbed", True),
         ("data/module.py", "from lightning_segxai.targets import Target", True),
         ("data/module.py", "from lightning_segxai.windows import Windows", False),
-        ("task.py", "from lightning_segxai.values import Probe", True),
+        ("task.py", "from lightning_segxai.values import Probe", False),
+        ("task.py", "from lightning_segxai.scored import Predictor", True),
         ("examine.py", "from lightning_segxai.data.probes import read_probe", True),
         ("callback.py", "from lightning_segxai.data.probes import ProbeFile", False),
         ("examine.py", "from lightning_segxai import examine as e, measure", True),

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from wandb_log import read_runs
 
@@ -90,12 +91,12 @@ def test_the_demo_leaves_everything_in_its_wandb_run(tmp_path, monkeypatch, caps
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_DIR", raising=False)
     out = tmp_path / "demo"
+    wandb.finish()
+    wandb.teardown()  # what other tests set up in this process would decide where the run goes
 
     demo(str(out), lambda args: cli.run_lightning([*args, *TINY], quiet=True))
 
     printed = capsys.readouterr().out
-    import wandb
-
     wandb.finish()
     wandb.teardown()
     [run] = read_runs(out)

@@ -12,7 +12,8 @@ from monai.inferers import sliding_window_inference
 from nets_for_tests import blended, close, layered, linear_net
 
 from lightning_segxai.scored import Predictor
-from lightning_segxai.windows import Windows, as_shape
+from lightning_segxai.values import as_shape
+from lightning_segxai.windows import Windows
 
 sizes = st.tuples(*[st.integers(1, 17)] * 3)
 edges = st.tuples(*[st.integers(1, 9)] * 3)

@@ -17,7 +17,6 @@ from lightning_segxai.data.sampling import (
     Augmented,
     BalancedSampler,
     Tiles,
-    as_triple,
     vessel_centers,
 )
 from lightning_segxai.data.subjects import (
@@ -27,7 +26,7 @@ from lightning_segxai.data.subjects import (
     phantom_subjects,
     preprocessed,
 )
-from lightning_segxai.values import Probe
+from lightning_segxai.values import Probe, as_shape
 
 # A Trainer and a LightningCLI know only the classes of their own namespace
 _BASES = tuple(
@@ -111,7 +110,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]
                 raise ValueError(f"`MRADataModule({name}={count})` must be at least {least}.")
         self.root = root
         self.phantom = phantom
-        self.patch_size = as_triple(patch_size, "patch_size")
+        self.patch_size = as_shape(patch_size, "patch_size")
         self.batch_size = batch_size
         self.samples_per_volume = samples_per_volume
         self.validation_share = validation_share

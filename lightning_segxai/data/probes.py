@@ -20,9 +20,9 @@ from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from lightning_segxai.data.grids import moved, resampled, spacing_of
-from lightning_segxai.data.sampling import as_triple, cut, start_around
+from lightning_segxai.data.sampling import cut, start_around
 from lightning_segxai.data.subjects import check_subject, file_stem, preprocessed
-from lightning_segxai.values import Probe
+from lightning_segxai.values import Probe, as_shape
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def subject_probe(
     """
     shape = subject.spatial_shape
     if size is not None:
-        edges = as_triple(size, "size")
+        edges = as_shape(size, "size")
         if any(s > n for s, n in zip(edges, shape, strict=True)):
             warnings.warn(
                 f'Probe "{name}": the volume of {tuple(shape)} voxels is smaller than the patch '

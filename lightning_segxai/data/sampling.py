@@ -13,25 +13,10 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Triple = tuple[int, int, int]
+from lightning_segxai.values import Shape
 
 
-def as_triple(size: int | Sequence[int], what: str) -> Triple:
-    """Three sizes from one or three.
-
-    >>> as_triple(64, "patch_size")
-    (64, 64, 64)
-
-    Raises:
-        ValueError: unless it is one or three positive whole numbers.
-    """
-    sizes = (size,) * 3 if isinstance(size, int) else tuple(size)
-    if len(sizes) != 3 or any(not isinstance(s, int) or s < 1 for s in sizes):
-        raise ValueError(f"`{what}` needs one or three positive whole numbers, but got {size}.")
-    return sizes[0], sizes[1], sizes[2]
-
-
-def start_around(center: Sequence[int], size: Triple, shape: Sequence[int]) -> Triple:
+def start_around(center: Sequence[int], size: Shape, shape: Sequence[int]) -> Shape:
     """First voxel of the patch around ``center``, moved inside the volume where it fits.
 
     Along an axis where the volume is shorter than the patch, the volume lies in its middle.
@@ -46,7 +31,7 @@ def start_around(center: Sequence[int], size: Triple, shape: Sequence[int]) -> T
     return i, j, k
 
 
-def cut(subject: tio.Subject, start: Triple, size: Triple) -> tio.Subject:
+def cut(subject: tio.Subject, start: Shape, size: Shape) -> tio.Subject:
     """The patch of ``size`` voxels from ``start``, its affine moved along; draws no random number.
 
     Outside of the volume an image continues with its minimum and a label map with 0.
@@ -90,7 +75,7 @@ class BalancedSampler(tio.data.PatchSampler):
         patch_size: Voxels along i, j, k.
     """
 
-    def __init__(self, patch_size: Triple) -> None:
+    def __init__(self, patch_size: Shape) -> None:
         super().__init__(patch_size)
         self.size = patch_size
 
@@ -140,11 +125,11 @@ class Tiles(Dataset[tio.Subject]):
     Together they hold vessels in the share that the volumes have.
     """
 
-    def __init__(self, subjects: Sequence[tio.Subject], size: Triple) -> None:
+    def __init__(self, subjects: Sequence[tio.Subject], size: Shape) -> None:
         self.size = size
         self.places = [(s, start) for s in subjects for start in self._starts(s.spatial_shape)]
 
-    def _starts(self, shape: Sequence[int]) -> list[Triple]:
+    def _starts(self, shape: Sequence[int]) -> list[Shape]:
         centers = (
             [s // 2 + n * s for n in range(math.ceil(a / s))]
             for a, s in zip(shape, self.size, strict=True)
@@ -160,7 +145,7 @@ class Tiles(Dataset[tio.Subject]):
 
 
 def vessel_centers(
-    label: Shaped[Tensor, "i j k"], size: Triple, count: int
+    label: Shaped[Tensor, "i j k"], size: Shape, count: int
 ) -> list[tuple[int, int, int]]:
     """Centers of the patches that hold the most vessel, at most ``count`` of them, distinct.
 

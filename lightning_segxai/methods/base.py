@@ -9,8 +9,7 @@ from typing import Any
 from lightning_segxai.baselines import Baseline
 from lightning_segxai.passes import Here, Look, Trajectory, walk
 from lightning_segxai.scored import ScoredModel
-from lightning_segxai.values import Logits, Map, Volume
-from lightning_segxai.windows import Shape
+from lightning_segxai.values import Logits, Map, Shape, Volume
 
 
 class AttributionMethod(ABC):

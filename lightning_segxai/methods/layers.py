@@ -10,8 +10,7 @@ from torch import Tensor
 from lightning_segxai.methods.base import LookMethod
 from lightning_segxai.passes import Look, project, to_window, weighted
 from lightning_segxai.scored import ScoredModel
-from lightning_segxai.values import Map, Volume
-from lightning_segxai.windows import Shape
+from lightning_segxai.values import Map, Shape, Volume
 
 
 @dataclass(eq=False)
@@ -23,14 +22,6 @@ class _Channels:
     whole: tuple[Look, Tensor] | None = None
 
 
-def _gather(state: _Channels, look: Look, layer: str) -> None:
-    shown = look.layers[layer]
-    state.weights.append(shown.gradient.sum(dim=(1, 2, 3)))
-    state.voxels += shown.gradient[0].numel()
-    if look.whole:
-        state.whole = (look, shown.activation)
-
-
 def _map(
     model: ScoredModel, x: Volume, layer: str, weights: Tensor, whole: tuple[Look, Tensor] | None
 ) -> Map:
@@ -40,8 +31,31 @@ def _map(
     return to_window(weighted(activation.to(x.dtype), weights), look.padded, look.place)
 
 
+class ChannelMethod(LookMethod):
+    """A weighted sum of a layer's channels; by windows, activations blend as logits do."""
+
+    unit = "a.u."
+    shares_score = False
+
+    def start(self, model: ScoredModel, x: Volume) -> _Channels:
+        """No weights yet."""
+        return _Channels()
+
+    def update(self, state: _Channels, look: Look) -> None:
+        """Pool the gradient of each channel, and keep the activation if it is all."""
+        shown = look.layers[self.layer]
+        state.weights.append(shown.gradient.sum(dim=(1, 2, 3)))
+        state.voxels += shown.gradient[0].numel()
+        if look.whole:
+            state.whole = (look, shown.activation)
+
+    def extra_passes(self, shape: Shape, windows: int) -> int:
+        """The second look at the activations, with several windows."""
+        return windows if windows > 1 else 0
+
+
 @dataclass(frozen=True)
-class GradCAM(LookMethod):
+class GradCAM(ChannelMethod):
     r"""A layer's channels, weighted by the mean gradient of the score with respect to each.
 
     $$a = \mathrm{ReLU}\Big(\sum_k \alpha_k A_k\Big), \quad
@@ -65,26 +79,11 @@ class GradCAM(LookMethod):
     layer: str = "auto"
     relu: bool = True
 
-    unit = "a.u."
-    shares_score = False
-
-    def start(self, model: ScoredModel, x: Volume) -> _Channels:
-        """No weights yet."""
-        return _Channels()
-
-    def update(self, state: _Channels, look: Look) -> None:
-        """Pool the gradient of each channel."""
-        _gather(state, look, self.layer)
-
     def finish(self, model: ScoredModel, x: Volume, state: _Channels) -> Map:
         """Weigh the channels."""
         weights = (torch.stack(state.weights).sum(dim=0) / state.voxels).to(x.dtype)
         cam = _map(model, x, self.layer, weights, state.whole)
         return cam.relu() if self.relu else cam
-
-    def extra_passes(self, shape: Shape, windows: int) -> int:
-        """The second look at the activations, with several windows."""
-        return windows if windows > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class HiResCAM(LookMethod):
 
 
 @dataclass(frozen=True)
-class LayerActivation(LookMethod):
+class LayerActivation(ChannelMethod):
     r"""What a layer says, whatever the target.
 
     $$a = \sum_k A_k \quad\text{or}\quad a = A_k$$
@@ -152,17 +151,6 @@ class LayerActivation(LookMethod):
     layer: str = "auto"
     channel: int | None = None
 
-    unit = "a.u."
-    shares_score = False
-
-    def start(self, model: ScoredModel, x: Volume) -> _Channels:
-        """Nothing seen yet."""
-        return _Channels()
-
-    def update(self, state: _Channels, look: Look) -> None:
-        """Keep what the layer said."""
-        _gather(state, look, self.layer)
-
     def finish(self, model: ScoredModel, x: Volume, state: _Channels) -> Map:
         """Pick or sum the channels."""
         weights = torch.ones_like(state.weights[0], dtype=x.dtype)
@@ -174,7 +162,3 @@ class LayerActivation(LookMethod):
                 )
             weights.zero_()[self.channel] = 1
         return _map(model, x, self.layer, weights, state.whole)
-
-    def extra_passes(self, shape: Shape, windows: int) -> int:
-        """The second look at the activations, with several windows."""
-        return windows if windows > 1 else 0

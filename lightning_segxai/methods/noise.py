@@ -11,8 +11,7 @@ from lightning_segxai.methods.base import AttributionMethod, LookMethod
 from lightning_segxai.methods.gradients import Saliency
 from lightning_segxai.passes import Cloud, Here, Look
 from lightning_segxai.scored import ScoredModel
-from lightning_segxai.values import Map, Volume
-from lightning_segxai.windows import Shape
+from lightning_segxai.values import Map, Shape, Volume
 
 
 @dataclass(eq=False)

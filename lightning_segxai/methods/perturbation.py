@@ -12,8 +12,7 @@ from torch import Tensor
 from lightning_segxai.baselines import Baseline, Blank
 from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.scored import ScoredModel
-from lightning_segxai.values import Map, Volume
-from lightning_segxai.windows import Shape
+from lightning_segxai.values import Map, Shape, Volume
 
 
 @dataclass(frozen=True)
