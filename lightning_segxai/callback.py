@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_segxai.chronicle import Chronicle
 from lightning_segxai.data.probes import ProbeFile, batch_probes
 from lightning_segxai.defaults import (
     default_methods,
@@ -24,10 +24,11 @@ from lightning_segxai.defaults import (
     default_targets,
 )
 from lightning_segxai.examine import cost
+from lightning_segxai.failures import Failures, OnError
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.folder import RunFolder
 from lightning_segxai.methods.base import AttributionMethod
-from lightning_segxai.observe import Questions, mean_dice, observe
+from lightning_segxai.observe import Questions, observe
 from lightning_segxai.scored import Outputs, Predictor
 from lightning_segxai.sinks.base import Observation, Run, Sink, means
 from lightning_segxai.sinks.files import FileSink
@@ -115,7 +116,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         logits: Callable[[Any], Tensor] | None = None,
         looks_per_pass: int | Literal["auto"] = "auto",
         keep: Literal["all", "last"] | int = "all",
-        on_error: Literal["warn", "disable", "raise"] = "warn",
+        on_error: OnError = "warn",
         seed: int = 0,
         name: str = "segxai",
     ) -> None:
@@ -157,18 +158,27 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         self._forget_run()
 
     def _forget_run(self) -> None:
-        self.questions = self._asked  # all of them: methods that failed have another chance
         self.probes: tuple[Probe, ...] = ()
-        self.run: Run | None = None
-        self.timeline: Timeline | None = None
+        self._failures = Failures(self.on_error)
+        self._chronicle: Chronicle | None = None
         self._own_predictor: Predictor | None = None
         self._pending: Observation | None = None
         self._resumed: dict[str, Any] = {}
         self._validations = 0
-        self._last_step = -1
         self._rehearsed = False
         self._scalars: dict[str, float] = {}
-        self._told: set[str] = set()
+
+    @property
+    def run(self) -> Run | None:
+        """The run that is being written; None before it began."""
+        return None if self._chronicle is None else self._chronicle.run
+
+    @property
+    def questions(self) -> Questions:
+        """What is asked, without what failed and is disabled."""
+        if self.on_error != "disable":
+            return self._asked
+        return self._asked.without(self._failures.methods, self._failures.metrics)
 
     def predictor(self, module: torch.nn.Module) -> Predictor:
         """How this monitor runs a network."""
@@ -181,16 +191,9 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Names and counts only: anything else would make the user's checkpoint unloadable."""
-        if self.run is None or self.timeline is None:
+        if self._chronicle is None:
             return dict(self._resumed)
-        return {
-            "folder": str(self.run.folder.root),
-            "run": self.run.id,
-            "probes": [probe.name for probe in self.probes],
-            "validations": self._validations,
-            "last_step": self._last_step,
-            "timeline": self.timeline.state_dict(),
-        }
+        return {**self._chronicle.state_dict(), "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -228,11 +231,11 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             self._rehearse(trainer, pl_module)
         if trainer.fast_dev_run:
             return
-        self._open(trainer, pl_module)
+        story = self._open(trainer, pl_module)
         self._tell_cost(trainer)
-        if trainer.global_step == 0 and self._last_step < 0:
-            self._observe(trainer, pl_module, logging_step=0)
-            self._write()
+        if trainer.global_step == 0 and story.last_step < 0:
+            self._observe(trainer, pl_module, story, logging_step=0)
+            self._write(story)
 
     def on_validation_batch_end(
         self,
@@ -263,45 +266,41 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
                 "`AttributionMonitor` has no probes: none were given, the data module has no "
                 "`probes()`, and no validation batch was seen."
             )
+        story = self._chronicle or self._open(trainer, pl_module)
         self._validations += 1
-        if self.run is None:
-            self._open(trainer, pl_module)
+        if self._validations % self.every_n_validations:
+            return
         # With accumulated gradients a step can be validated twice; the weights are the same.
-        due = self._validations % self.every_n_validations == 0
-        if due and trainer.global_step > self._last_step:
-            self._observe(trainer, pl_module, logging_step=logging_step(trainer))
+        if trainer.global_step > story.last_step:
+            self._observe(trainer, pl_module, story, logging_step=logging_step(trainer))
             records = self._pending.records if self._pending is not None else ()
             self._scalars = means(self.name, records)
-        if due:
-            for key, value in self._scalars.items():
-                pl_module.log(key, value, logger=False)
+        for key, value in self._scalars.items():
+            pl_module.log(key, value, logger=False)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Write down what was seen, with the validation's own metrics, which are there by now."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or self.run is None:
+        story = self._chronicle
+        if trainer.state.fn != "fit" or trainer.sanity_checking or story is None:
             return
-        self._write()
+        self._write(story)
         ours = tuple(f"{c.name}/" for c in trainer.callbacks if isinstance(c, AttributionMonitor))
         logged = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
             if not key.startswith(ours) and torch.as_tensor(value).numel() == 1
         }
-        write = self.run.folder.append_metrics
-        now = (trainer.current_epoch, trainer.global_step)
-        self._attempt("metrics.csv", partial(write, *now, logged))
+        story.write_metrics(trainer.current_epoch, trainer.global_step, logged)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the sinks."""
-        if self.run is not None:
-            for sink in self.sinks:
-                self._attempt(type(sink).__name__, partial(sink.close, self.run))
+        if self._chronicle is not None:
+            self._chronicle.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the sinks; what was recorded stays."""
-        if trainer.state.fn != "fit":
-            return
-        self.on_fit_end(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self.on_fit_end(trainer, pl_module)
 
     def _find_probes(self, trainer: Any) -> None:
         """Given ones, else those of the resumed run, else the data module's."""
@@ -332,12 +331,6 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
 
     def _rehearse(self, trainer: Any, pl_module: Any) -> None:
         """Explain one probe and forget it. What is wrong with the configuration ends the run."""
-
-        def failed(probe: str, target: str, method: str, error: Exception) -> None:
-            if isinstance(error, ValueError | TypeError):
-                raise error
-            self._failed(probe, target, method, error)
-
         self._rehearsed = True
         observe(
             self._predictor_in(trainer, pl_module),
@@ -349,53 +342,33 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             run="",
             timeline=None,
             seed=self.seed,
-            failed=failed,
+            failed=self._failures.configured_cell,
         )
 
-    def _open(self, trainer: Any, pl_module: Any) -> None:
+    def _open(self, trainer: Any, pl_module: Any) -> Chronicle:
         run_id, root = run_place(trainer, self.name)
         resumed = self._resumed if Path(self._resumed.get("folder", "")).is_dir() else {}
         if resumed:
             run_id, root = resumed["run"], Path(resumed["folder"])
-        folder = RunFolder(root if resumed else unused(root))
-        self.timeline = Timeline(folder, self.keep)
-        if resumed:
-            self._validations, self._last_step = resumed["validations"], resumed["last_step"]
-            folder.truncate_after(trainer.global_step)
-            self.timeline.load_state_dict(resumed["timeline"])
-            self._catch_up(folder)
         asked = {
             kind: {name: repr(value) for name, value in getattr(self.questions, kind).items()}
             for kind in ("targets", "methods", "metrics", "shifts")
         }
         how = {key: getattr(value, "__qualname__", value) for key, value in self._how.items()}
         mine = {**asked, **how, "every_n_validations": self.every_n_validations, "seed": self.seed}
-        self.run = Run(
+        run = Run(
             id=run_id,
             monitor=self.name,
-            folder=folder,
+            folder=RunFolder(root if resumed else unused(root)),
             probes=self.probes,
             settings=settings(trainer, pl_module, mine, self.cli_config),
             loggers=tuple(trainer.loggers),
         )
-        for sink in self.sinks:
-            self._attempt(type(sink).__name__, partial(sink.open, self.run))
-
-    def _catch_up(self, folder: RunFolder) -> None:
-        """Take in the validation of the checkpoint's own step, where it came after the saving.
-
-        `ModelCheckpoint(every_n_train_steps=...)` saves before the validation of that step, and
-        Lightning does not repeat it on resume: its rows and maps stay.
-        """
-        assert self.timeline is not None
-        late = [r for r in folder.read_records() if r.step > self._last_step]
-        for epoch, step in dict.fromkeys((r.epoch, r.step) for r in late):
-            rows = [r for r in late if (r.epoch, r.step) == (epoch, step)]
-            cells = dict.fromkeys((r.probe, r.target, r.method) for r in rows if r.method)
-            paths = [folder.map_path(*cell, epoch, step) for cell in cells]
-            self.timeline.advance_maps([p for p in paths if p.exists()], mean_dice(rows))
-            self._validations += 1
-            self._last_step = step
+        self._chronicle = Chronicle.begin(run, self.sinks, self.keep, self._failures)
+        if resumed:
+            late = self._chronicle.go_on(resumed, trainer.global_step)
+            self._validations = resumed["validations"] + late * self.every_n_validations
+        return self._chronicle
 
     def _tell_cost(self, trainer: Any) -> None:
         """Say what the monitor costs, as a count of passes and as a share of an epoch."""
@@ -419,66 +392,25 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-    def _observe(self, trainer: Any, pl_module: Any, logging_step: int) -> None:
-        assert self.run is not None
-        look = partial(
-            observe,
-            self._predictor_in(trainer, pl_module),
-            self.probes,
-            self.questions,
-            epoch=trainer.current_epoch,
-            step=trainer.global_step,
-            logging_step=logging_step,
-            run=self.run.id,
-            timeline=self.timeline,
-            seed=self.seed,
-            failed=None if self.on_error == "raise" else self._failed,
-            stop=lambda: bool(trainer.received_sigterm),
-        )
-
-        def keep() -> None:
-            self._pending = look()
-
-        self._attempt("the observation", keep)
-
-    def _write(self) -> None:
-        """Hand the observation to the sinks, and the maps to the timeline."""
-        if self.run is None or self.timeline is None or self._pending is None:
-            return
-        seen, self._pending = self._pending, None
-        for sink in self.sinks:
-            self._attempt(type(sink).__name__, partial(sink.write, self.run, seen))
-        self._attempt(
-            "timeline", partial(self.timeline.advance, seen.attributions, mean_dice(seen.records))
-        )
-        self._last_step = seen.step
-
-    def _failed(self, probe: str, target: str, method: str, error: Exception) -> None:
-        """Told once for each cell; the record says it every time."""
-        self._warn(
-            f"{probe}/{target}/{method}",
-            f'`AttributionMonitor`: {method} of target "{target}" failed on probe "{probe}": '
-            f"{type(error).__name__}: {error}. Training goes on.",
-        )
-        if self.on_error == "disable":
-            _, *metric = method.split("/")  # a metric is told as method/metric
-            gone = metric[0] if metric else method
-            self.questions = self.questions.without(gone, metric=bool(metric))
-
-    def _attempt(self, who: str, work: Callable[[], Any]) -> None:
-        """Do what may fail at the ends (a full disk, a dead server) without ending the training."""
-        try:
-            work()
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self._warn(
-                who,
-                f"`AttributionMonitor`: {who} failed: {type(error).__name__}: {error}. Training "
-                "goes on.",
+    def _observe(self, trainer: Any, pl_module: Any, story: Chronicle, logging_step: int) -> None:
+        def look() -> None:
+            self._pending = observe(
+                self._predictor_in(trainer, pl_module),
+                self.probes,
+                self.questions,
+                epoch=trainer.current_epoch,
+                step=trainer.global_step,
+                logging_step=logging_step,
+                run=story.run.id,
+                timeline=story.timeline,
+                seed=self.seed,
+                failed=None if self.on_error == "raise" else self._failures.cell,
+                stop=lambda: bool(trainer.received_sigterm),
             )
 
-    def _warn(self, about: str, text: str) -> None:
-        if about not in self._told:
-            self._told.add(about)
-            warnings.warn(text, stacklevel=2)
+        self._failures.attempt("the observation", look)
+
+    def _write(self, story: Chronicle) -> None:
+        if self._pending is not None:
+            story.write(self._pending)
+            self._pending = None

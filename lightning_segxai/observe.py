@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxtyping import Int
@@ -32,14 +32,13 @@ class Questions:
     metrics: Mapping[str, FocusMetric]
     shifts: Mapping[str, ShiftMetric]
 
-    def without(self, name: str, *, metric: bool) -> Questions:
-        """The same, but for a method or a metric."""
-        if not metric:
-            return replace(self, methods={k: v for k, v in self.methods.items() if k != name})
-        return replace(
-            self,
-            metrics={k: v for k, v in self.metrics.items() if k != name},
-            shifts={k: v for k, v in self.shifts.items() if k != name},
+    def without(self, methods: Collection[str], metrics: Collection[str]) -> Questions:
+        """The same, but for some methods and some metrics."""
+        return Questions(
+            self.targets,
+            {name: method for name, method in self.methods.items() if name not in methods},
+            {name: metric for name, metric in self.metrics.items() if name not in metrics},
+            {name: shift for name, shift in self.shifts.items() if name not in metrics},
         )
 
 

@@ -32,8 +32,9 @@ ORDER: tuple[tuple[frozenset[str], ...], ...] = tuple(
         "render panels marks lettering colors | timeline",
         "sinks",
         "observe",
-        "defaults",
-        "callback trainer_run",
+        "defaults | failures | trainer_run",
+        "chronicle",
+        "callback",
         "posthoc | demo",
         "cli",
     )
