@@ -24,7 +24,7 @@ from lightning_segxai.defaults import (
     default_targets,
 )
 from lightning_segxai.examine import cost
-from lightning_segxai.failures import Failures, OnError
+from lightning_segxai.failures import Failures, Mistakes, OnError
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.folder import RunFolder
 from lightning_segxai.methods.base import AttributionMethod
@@ -66,7 +66,8 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
     moved, and writes maps, pictures and numbers to the run's folder and to Weights & Biases.
     Training with it is bit-identical to training without it. Scalars are also logged to the
     trainer as ``<name>/metric/<metric>/<target>/<method>`` (mean over the probes), so that
-    `ModelCheckpoint` and `EarlyStopping` can monitor them.
+    `ModelCheckpoint` and `EarlyStopping` can monitor them; between observations they keep their
+    last value.
 
     The sanity check is a rehearsal: one probe is explained and forgotten, so that a wrong layer
     name ends the run in its first minute. The untrained network is recorded at step 0.
@@ -136,8 +137,12 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             default_metrics() if metrics is None else dict(metrics),
             default_shifts() if shifts is None else dict(shifts),
         )
-        for key in (*self._asked.targets, *self._asked.methods):
-            checked_name(key, "target or method")
+        for kind in ("targets", "methods", "metrics", "shifts"):
+            for key in getattr(self._asked, kind):
+                checked_name(key, kind.removesuffix("s"))
+        for kind, given in (("probes", probes), ("targets", targets), ("methods", methods)):
+            if given is not None and not given:
+                raise ValueError(f"`AttributionMonitor({kind}={given})` needs at least one.")
         self.sinks: list[Sink] = [FileSink(), *([WandbSink()] if sinks is None else sinks)]
         self.every_n_validations = every_n_validations
         self.keep = keep
@@ -209,6 +214,8 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
                 f"`AttributionMonitor` needs a single process, but this run has "
                 f"{trainer.world_size}. Use `Trainer(devices=1)`."
             )
+        if self._given is not None:
+            self._find_probes(trainer)  # a file that cannot be read ends the run here
         averaging = averaging_before(trainer, self)
         if averaging is not None:
             warnings.warn(
@@ -268,13 +275,10 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             )
         story = self._chronicle or self._open(trainer, pl_module)
         self._validations += 1
-        if self._validations % self.every_n_validations:
-            return
+        due = self._validations % self.every_n_validations == 0
         # With accumulated gradients a step can be validated twice; the weights are the same.
-        if trainer.global_step > story.last_step:
+        if due and trainer.global_step > story.last_step:
             self._observe(trainer, pl_module, story, logging_step=logging_step(trainer))
-            records = self._pending.records if self._pending is not None else ()
-            self._scalars = means(self.name, records)
         for key, value in self._scalars.items():
             pl_module.log(key, value, logger=False)
 
@@ -332,6 +336,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
     def _rehearse(self, trainer: Any, pl_module: Any) -> None:
         """Explain one probe and forget it. What is wrong with the configuration ends the run."""
         self._rehearsed = True
+        mistakes = Mistakes(self._failures.cell)
         observe(
             self._predictor_in(trainer, pl_module),
             self.probes[:1],
@@ -342,11 +347,19 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             run="",
             timeline=None,
             seed=self.seed,
-            failed=self._failures.configured_cell,
+            failed=None if self.on_error == "raise" else mistakes,
         )
+        mistakes.let_out()
 
     def _open(self, trainer: Any, pl_module: Any) -> Chronicle:
         run_id, root = run_place(trainer, self.name)
+        lost = self._resumed.get("folder", "")
+        if lost and not Path(lost).is_dir():
+            warnings.warn(
+                f"`AttributionMonitor`: the resumed run's folder {lost} is not there any more. Its "
+                f"story begins anew in {root}.",
+                stacklevel=2,
+            )
         resumed = self._resumed if Path(self._resumed.get("folder", "")).is_dir() else {}
         if resumed:
             run_id, root = resumed["run"], Path(resumed["folder"])
@@ -366,8 +379,10 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
         )
         self._chronicle = Chronicle.begin(run, self.sinks, self.keep, self._failures)
         if resumed:
-            late = self._chronicle.go_on(resumed, trainer.global_step)
-            self._validations = resumed["validations"] + late * self.every_n_validations
+            self._chronicle.go_on(resumed, trainer.global_step)
+            # The checkpoint may have been saved before the validation of its step.
+            validated = len(self._chronicle.run.folder.metric_moments())
+            self._validations = max(resumed["validations"], validated)
         return self._chronicle
 
     def _tell_cost(self, trainer: Any) -> None:
@@ -409,6 +424,8 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]
             )
 
         self._failures.attempt("the observation", look)
+        if self._pending is not None:
+            self._scalars |= means(self.name, self._pending.records)
 
     def _write(self, story: Chronicle) -> None:
         if self._pending is not None:

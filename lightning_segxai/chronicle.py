@@ -49,29 +49,24 @@ class Chronicle:
             failures.attempt(type(sink).__name__, partial(sink.open, run), let_out=(ValueError,))
         return own
 
-    def go_on(self, state: Mapping[str, Any], step: int) -> int:
+    def go_on(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from a checkpoint: what was written after its step is removed.
 
         `ModelCheckpoint(every_n_train_steps=...)` saves before the validation of that step, and
         Lightning does not repeat it on resume: its rows and maps stay, and the timeline, which the
         checkpoint knows without them, takes them in.
-
-        Returns:
-            How many observations came after the saving.
         """
         folder = self.run.folder
         folder.truncate_after(step)
         self.timeline.load_state_dict(state["timeline"])
         self.last_step = state["last_step"]
         late = [r for r in folder.read_records() if r.step > self.last_step]
-        moments = list(dict.fromkeys((r.epoch, r.step) for r in late))
-        for epoch, at in moments:
+        for epoch, at in dict.fromkeys((r.epoch, r.step) for r in late):
             rows = [r for r in late if (r.epoch, r.step) == (epoch, at)]
             cells = dict.fromkeys((r.probe, r.target, r.method) for r in rows if r.method)
             paths = [folder.map_path(*cell, epoch, at) for cell in cells]
             self.timeline.advance_maps([p for p in paths if p.exists()], mean_dice(rows))
             self.last_step = at
-        return len(moments)
 
     def write(self, seen: Observation) -> None:
         """Hand an observation to the sinks, then its maps to the timeline."""

@@ -6,9 +6,11 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 DESCRIPTION = "Watch where a 3D vessel segmentation network looks while it trains."
@@ -39,7 +41,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("segxai", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        "segxai",
+        description=DESCRIPTION,
+        epilog="A mistake is told in one line; set SEGXAI_TRACEBACK=1 to see where it arose.",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -93,6 +99,7 @@ def _explain(chosen: argparse.Namespace) -> None:
         parts.model,
         parts.datamodule,
         parts.segxai,
+        parts.trainer,
         ckpt=chosen.ckpt,
         image=chosen.image,
         label=chosen.label,
@@ -123,6 +130,7 @@ def run_lightning(args: list[str], *, run: bool = True, quiet: bool = False) -> 
 
     import lightning_segxai
     from lightning_segxai.callback import AttributionMonitor
+    from lightning_segxai.posthoc import read_checkpoint
 
     if quiet:
         for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning"):
@@ -143,7 +151,19 @@ def run_lightning(args: list[str], *, run: bool = True, quiet: bool = False) -> 
         def segxai(self) -> AttributionMonitor:
             return self._get(self.config_init, "segxai")
 
+        def _check_checkpoint(self) -> None:
+            path = self.config[self.subcommand].get("ckpt_path")
+            if path is not None and Path(path).suffix:  # not a word such as `last`
+                read_checkpoint(Path(path))
+
+        def before_validate(self) -> None:
+            self._check_checkpoint()
+
+        def before_test(self) -> None:
+            self._check_checkpoint()
+
         def before_fit(self) -> None:
+            self._check_checkpoint()
             # Lightning appends it; a weight-averaging callback before it would hide its weights.
             others = [c for c in self.trainer.callbacks if c is not self.segxai]  # type: ignore[attr-defined]
             self.trainer.callbacks = [self.segxai, *others]  # type: ignore[attr-defined]
@@ -167,7 +187,15 @@ def run_lightning(args: list[str], *, run: bool = True, quiet: bool = False) -> 
 
 
 def _users(error: Exception) -> bool:
-    """Whether an error is one that a user can mend."""
+    """Whether an error is a user's mistake, to be told in one line.
+
+    Not if code that is neither ours nor an installed package's was running: who wrote it wants the
+    traceback.
+    """
+    ours = (str(Path(__file__).parent), sys.prefix, sys.base_prefix, "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(not frame.filename.startswith(ours) for frame in frames):
+        return False
     kinds: tuple[Callable[..., Exception], ...] = (
         ValueError,
         TypeError,

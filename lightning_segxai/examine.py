@@ -67,6 +67,9 @@ def examine(
         logits,
         looks_per_pass,
     )
+    names = [probe.name for probe in probes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`examine` needs probes of different names, but got {', '.join(names)}.")
     with undisturbed(net, seed):
         return [
             attribution

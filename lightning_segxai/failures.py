@@ -28,8 +28,6 @@ class Failures:
 
     def cell(self, probe: str, target: str, name: str, error: Exception) -> None:
         """A cell failed; ``name`` is a method, or ``method/metric``."""
-        if self.on_error == "raise":
-            raise error
         method, *metric = name.split("/")
         (self.metrics if metric else self.methods).add(metric[0] if metric else method)
         self._tell(
@@ -37,12 +35,6 @@ class Failures:
             f'{name} of target "{target}" failed on probe "{probe}"',
             error,
         )
-
-    def configured_cell(self, probe: str, target: str, name: str, error: Exception) -> None:
-        """As `cell`, in a rehearsal: what is wrong with the configuration is let out."""
-        if isinstance(error, ValueError | TypeError):
-            raise error
-        self.cell(probe, target, name, error)
 
     def attempt(
         self, who: str, work: Callable[[], Any], let_out: tuple[type[Exception], ...] = ()
@@ -62,3 +54,30 @@ class Failures:
                 f"`AttributionMonitor`: {text}: {type(error).__name__}: {error}. Training goes on.",
                 stacklevel=3,
             )
+
+
+@dataclass(eq=False)
+class Mistakes:
+    """Told of failed cells while something is tried out; keeps what a user can mend.
+
+    It is let out afterwards, not at once: an error that leaves the cell that it belongs to would be
+    taken for that of the others on the same walk.
+
+    Args:
+        other: Told of all other failures.
+    """
+
+    other: Callable[[str, str, str, Exception], None]
+    first: Exception | None = None
+
+    def __call__(self, probe: str, target: str, name: str, error: Exception) -> None:
+        """A cell failed."""
+        if not isinstance(error, ValueError | TypeError):
+            self.other(probe, target, name, error)
+        elif self.first is None:
+            self.first = error
+
+    def let_out(self) -> None:
+        """Raise the first mistake, if there was one."""
+        if self.first is not None:
+            raise self.first

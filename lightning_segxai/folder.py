@@ -254,6 +254,11 @@ class RunFolder:
         rows = [[epoch, step, name, value] for name, value in metrics.items()]
         self._append(_METRICS, METRIC_COLUMNS, rows)
 
+    def metric_moments(self) -> list[tuple[int, int]]:
+        """Epoch and step of each validation in ``metrics.csv``."""
+        rows = self._rows("metrics.csv")
+        return list(dict.fromkeys((int(row["epoch"]), int(row["step"])) for row in rows))
+
     def truncate_after(self, step: int) -> None:
         """Remove what came after a step, as a run needs that goes on from its checkpoint."""
         for name, columns in ((_RECORDS, RECORD_COLUMNS), (_METRICS, METRIC_COLUMNS)):

@@ -256,13 +256,24 @@ class _Seen:
 
     def gradients(self, weights: Tensor, keep: bool) -> _Gradients:
         """Gradients of each window's score with respect to its input and its layers."""
+        if not self.logits.requires_grad:
+            raise RuntimeError(
+                "the network's output has no gradient with respect to its input: it detaches, "
+                "rounds, or runs under no_grad"
+            )
         wanted = [self.inputs, *self.activations.values()]
-        found = torch.autograd.grad(
-            (weights * self.logits).sum(), wanted, retain_graph=keep, allow_unused=True
+        found = iter(
+            torch.autograd.grad(
+                (weights * self.logits).sum(),
+                [t for t in wanted if t.requires_grad],  # a detached branch's layer does not
+                retain_graph=keep,
+                allow_unused=True,
+            )
         )
-        filled = [
-            torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)
-        ]
+        filled = []
+        for tensor in wanted:
+            gradient = next(found) if tensor.requires_grad else None
+            filled.append(torch.zeros_like(tensor) if gradient is None else gradient)
         return filled[0], dict(zip(self.activations, filled[1:], strict=True))
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from lightning_segxai.callback import AttributionMonitor
 from lightning_segxai.data.probes import read_probe, to_file_grid
 from lightning_segxai.examine import cost
+from lightning_segxai.failures import Mistakes
 from lightning_segxai.focus.overlap import dice
 from lightning_segxai.folder import RunFolder
 from lightning_segxai.guard import undisturbed
@@ -69,6 +70,7 @@ def explain_file(
     module: nn.Module,
     data: Any,
     monitor: AttributionMonitor,
+    trainer: Any,
     *,
     ckpt: str,
     image: str,
@@ -84,6 +86,7 @@ def explain_file(
         module: The network, as configured.
         data: The data module, for its preprocessing and patch size.
         monitor: What to explain and how.
+        trainer: On which device, and in which precision.
         ckpt: Checkpoint of the training.
         image: The volume.
         label: Its label, where the truth is known.
@@ -92,13 +95,20 @@ def explain_file(
     Raises:
         ValueError: for a checkpoint or volume that cannot be read, or does not fit.
     """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"`segxai explain --out {out}` needs a new or empty folder.")
     moment = load_weights(module, Path(ckpt))
+    module.to(trainer.strategy.root_device)
     probe = read_probe(image, label=label, preprocessing=getattr(data, "preprocessing", None))
-    predictor = monitor.predictor(module)
+    predictor = replace(
+        monitor.predictor(module), forward_context=trainer.precision_plugin.forward_context
+    )
     if predictor.window is None and hasattr(data, "patch_size"):
         predictor = replace(predictor, window=as_shape(data.patch_size, "patch_size"))
     questions = monitor.questions
     total = cost(predictor, [probe], questions.targets, questions.methods)
+    mistakes = Mistakes(_told)
     with _progress(predictor, total.passes, f"explaining {probe.name}"):
         seen = observe(
             predictor,
@@ -110,9 +120,10 @@ def explain_file(
             run=Path(ckpt).stem,
             timeline=None,
             seed=monitor.seed,
-            failed=_told,
+            failed=mistakes,
         )
-    folder = RunFolder(Path(out))
+    mistakes.let_out()
+    folder = RunFolder(target)
     for a in seen.attributions:
         if a.status == "ok":
             values, affine = to_file_grid(a.values, probe, Path(image))
@@ -130,6 +141,25 @@ def explain_file(
     print(f"written to {folder.root}")
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of Lightning.
+
+    Raises:
+        ValueError: if there is none, or it is none, or it holds more than plain data.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint {path}.")
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content["state_dict"]
+    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
+        raise ValueError(
+            f"{path} is not a checkpoint of Lightning that loads with `weights_only=True` "
+            f"({type(error).__name__}). Give the file that `segxai fit` saved."
+        ) from error
+    return content
+
+
 def load_weights(module: nn.Module, path: Path) -> tuple[int, int]:
     """Load a checkpoint's weights; never anything that could run code.
 
@@ -139,18 +169,9 @@ def load_weights(module: nn.Module, path: Path) -> tuple[int, int]:
     Raises:
         ValueError: if the file is no checkpoint, or of another network.
     """
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}.")
+    content = read_checkpoint(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = content["state_dict"]
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
-        raise ValueError(
-            f"{path} is not a checkpoint of Lightning that loads with `weights_only=True` "
-            f"({type(error).__name__}). Give the file that `segxai fit` saved."
-        ) from error
-    try:
-        module.load_state_dict(weights)
+        module.load_state_dict(content["state_dict"])
     except RuntimeError as error:
         first = str(error).splitlines()[1:2]
         raise ValueError(
@@ -161,8 +182,6 @@ def load_weights(module: nn.Module, path: Path) -> tuple[int, int]:
 
 
 def _told(probe: str, target: str, method: str, error: Exception) -> None:
-    if isinstance(error, ValueError | TypeError):
-        raise error
     print(f"{probe}: {target}/{method}: {type(error).__name__}: {error}", file=sys.stderr)
 
 

@@ -198,7 +198,8 @@ class Predictor:
     def _run(self, x: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b channels i j k"]:
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
         with self.forward_context():
-            output = self.module(x.to(dtype))
+            # A copy: a network may write into its input, which may be the probe's own, or a leaf.
+            output = self.module(x.to(dtype, copy=True))
         raw = self.logits(output) if self.logits else _find_logits(output, x.shape[2:])
         if not isinstance(raw, Tensor) or raw.ndim != 5 or raw.shape[2:] != x.shape[2:]:
             raise ValueError(
@@ -231,8 +232,16 @@ class ScoredModel:
         """The network seen through ``target``, fixed on the probe's unperturbed ``logits``.
 
         Raises:
-            ValueError: if the target weighs only the background of a sigmoid network.
+            ValueError: if the target weighs only the background of a sigmoid network, or the
+                probe's label has classes that the network lacks.
         """
+        highest = -1 if probe.label is None else int(probe.label.max())
+        if highest >= len(logits):
+            raise ValueError(
+                f'The label of probe "{probe.name}" has a class {highest}, but the classes of '
+                f"`{type(predictor.module).__name__}` are 0 to {len(logits) - 1}. Map the label's "
+                "values to these."
+            )
         weights = target.weights(probe, predictor.decisive(logits))
         silent = not bool(logits[0].any())
         if silent and bool(weights[0].any()) and not bool(weights[1:].any()):

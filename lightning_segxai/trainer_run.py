@@ -14,7 +14,7 @@ _LIGHTNING = {
     "prepare_data_per_node",
     "allow_zero_length_dataloader_with_multiple_devices",
 }
-_SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+_SECRET = re.compile(r"(^|[_\-.]|api)(key|token|secret|password|credential)s?$", re.IGNORECASE)
 
 
 def run_place(trainer: Any, monitor: str) -> tuple[str, Path]:

@@ -112,6 +112,7 @@ class Probe:
     def __post_init__(self) -> None:
         checked_name(self.name, "probe")
         who = f'Probe "{self.name}"'
+        self._settle_tensors()
         if self.image.ndim != 4 or not self.image.is_floating_point():
             raise ValueError(
                 f"{who} needs a floating-point image of four axes (c i j k), "
@@ -144,6 +145,15 @@ class Probe:
                 f"but got {self.spacing_mm}."
             )
         self._settle_affine(who)
+
+    def _settle_tensors(self) -> None:
+        """On the CPU and without a graph, whatever they come from; half precision is widened."""
+        image = self.image.detach().cpu()
+        half = image.dtype in (torch.float16, torch.bfloat16)
+        object.__setattr__(self, "image", image.float() if half else image)
+        if self.label is not None:
+            object.__setattr__(self, "label", self.label.detach().cpu())
+        object.__setattr__(self, "regions", {k: m.cpu() for k, m in self.regions.items()})
 
     def _settle_affine(self, who: str) -> None:
         if self.affine is None:

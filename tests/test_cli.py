@@ -150,6 +150,7 @@ def test_layers_are_listed_with_their_shapes(trained, capsys):
 
 BAD_IMAGES = {
     "nan": (np.full((8, 8, 8), np.nan, np.float32), "NaN"),
+    "infinity": (np.full((8, 8, 8), np.inf, np.float32), "infinity"),
     "2d": (np.zeros((8, 8), np.float32), "3D"),
     "4d": (np.zeros((8, 8, 8, 2), np.float32), "3D"),
 }
@@ -180,6 +181,7 @@ def test_files_that_are_not_what_they_should_be_are_refused(trained, tmp_path, c
     moved = volume(tmp_path / "moved.nii.gz", np.zeros((20, 20, 20), np.uint8), np.eye(4) * 2)
     pickled = tmp_path / "pickled.ckpt"
     torch.save({"state_dict": {}, "code": partial(print)}, pickled)
+    sevens = volume(tmp_path / "sevens.nii.gz", np.full((20, 20, 20), 7, np.uint8))
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(1)}}, foreign)
     out = tmp_path / "out"
@@ -190,10 +192,15 @@ def test_files_that_are_not_what_they_should_be_are_refused(trained, tmp_path, c
     assert "junk.nii.gz" in refused(capsys, explain_args(trained, tmp_path, image=junk))
     assert "(20, 20, 19)" in refused(capsys, explain_args(trained, tmp_path, label=other))
     assert "affine" in refused(capsys, explain_args(trained, tmp_path, label=moved))
+    assert "classes" in refused(capsys, explain_args(trained, tmp_path, label=sevens))
     for wrong in (junk, pickled, tmp_path / "missing.ckpt"):
         assert "checkpoint" in refused(capsys, explain_args(trained, tmp_path, ckpt=wrong))
     assert "another network" in refused(capsys, explain_args(trained, tmp_path, ckpt=foreign))
     assert not out.exists()
+    out.write_text("a file")
+    assert "empty folder" in refused(capsys, explain_args(trained, tmp_path))
+    resumed = ["fit", f"--config={trained[0]}", f"--ckpt_path={junk.with_suffix('.ckpt')}"]
+    assert "checkpoint" in refused(capsys, resumed)
 
 
 def test_configurations_that_cannot_be_are_refused(tmp_path, capsys):
@@ -205,6 +212,19 @@ def test_configurations_that_cannot_be_are_refused(tmp_path, capsys):
     layer = configuration(tmp_path, methods={"cam": cam})
     assert "net.encoder" in refused(capsys, ["fit", f"--config={layer}"])
 
-    path = configuration(tmp_path, methods={"../x": "Saliency"})
+    missing = {"class_path": "ClassEvidence", "init_args": {"label": 3}}
+    alone = configuration(tmp_path, targets={"third": missing}, methods={"only": "Saliency"})
+    assert "label=3" in refused(capsys, ["fit", f"--config={alone}"])
+
+    for kind, name in (("methods", "Saliency"), ("metrics", "Gini")):
+        path = configuration(tmp_path, **{kind: {"../x": name}})
+        assert "../x" in refused(capsys, ["fit", f"--config={path}"])
+    probe = volume(tmp_path / "probe.nii.gz", np.random.default_rng(0).random((16, 16, 16), "f4"))
+    path = configuration(tmp_path, probes=[{"image": str(probe), "name": "../x"}])
     assert "../x" in refused(capsys, ["fit", f"--config={path}"])
+    path = configuration(tmp_path, probes=[{"image": "nowhere.nii.gz"}])
+    assert "nowhere.nii.gz" in refused(capsys, ["fit", f"--config={path}"])
+
+    blind = configuration(tmp_path)
+    assert "none" in refused(capsys, ["fit", f"--config={blind}", "--trainer.limit_val_batches=0"])
     assert "nowhere.yaml" in refused(capsys, ["fit", "--config=nowhere.yaml"])

@@ -25,6 +25,7 @@ from nets_for_tests import (
 from torch import nn
 
 from lightning_segxai.baselines import Baseline
+from lightning_segxai.examine import examine
 from lightning_segxai.explain import explain
 from lightning_segxai.methods.base import LookMethod
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
@@ -45,6 +46,7 @@ from lightning_segxai.passes import (
 )
 from lightning_segxai.scored import Predictor, ScoredModel
 from lightning_segxai.targets import ClassEvidence, ClassMargin
+from lightning_segxai.values import Probe
 
 X = torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 PROBE = a_probe((6, 5, 4), 2)
@@ -479,3 +481,53 @@ def test_looks_stream():
     assert len(alive) == 20
     assert fold.most <= 4
     assert np.isfinite(fold.most)
+
+
+class Trampling(torch.nn.Module):
+    """Writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.ReLU(inplace=True)
+        self.last = torch.nn.Conv3d(1, 1, 1).double()
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def test_a_network_may_write_into_its_input():
+    """The probe's voxels stay, and gradients are to be had."""
+    image = torch.randn(1, 8, 8, 8, dtype=torch.float64)
+    probe = Probe("p", image.clone(), torch.ones(8, 8, 8, dtype=torch.long))
+    [found] = examine(Trampling(), [probe], {"t": ClassEvidence()}, {"m": Saliency()})
+
+    assert torch.equal(probe.image, image)
+    assert torch.equal(found.values > 0, image[0] > 0)
+
+
+class Branching(torch.nn.Module):
+    """Has a layer that no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = torch.nn.Conv3d(1, 2, 1).double()
+        self.main = torch.nn.Conv3d(1, 1, 1).double()
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.side(x)
+        return self.main(x)
+
+
+def test_a_layer_without_a_gradient_takes_no_other_method_with_it():
+    """Its activation is shown, and the saliency is what it is without it."""
+    net = Branching()
+    probe = Probe("p", torch.randn(1, 8, 8, 8, dtype=torch.float64))
+    methods = {"saliency": Saliency(), "side": LayerActivation("side")}
+    both = examine(net, [probe], {"t": ClassEvidence(region="everywhere")}, methods)
+    weight = float(net.main.weight.detach().abs())
+
+    assert [found.status for found in both] == ["ok", "ok"]
+    torch.testing.assert_close(both[0].values * 512, torch.full((8, 8, 8), weight).double())
+    with torch.no_grad():
+        torch.testing.assert_close(both[1].values, net.side(probe.image[None])[0].sum(dim=0))
