@@ -9,13 +9,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from scipy import ndimage
 from torch import Tensor, nn
 
+from lightning_segxai.callback import AttributionMonitor
 from lightning_segxai.data.module import MRADataModule
-from lightning_segxai.data.probes import read_probe
+from lightning_segxai.data.probes import ProbeFile, read_probe
 from lightning_segxai.data.subjects import PhantomCohort
 from lightning_segxai.examine import examine, measure
 from lightning_segxai.focus.location import MassInside
@@ -251,3 +253,38 @@ def test_painted_subjects_are_what_the_data_module_reads(painted) -> None:
     assert first.name != second.name
     zooms = nib.load(painted[0]).header.get_zooms()
     assert first.spacing_mm == pytest.approx([float(z) for z in zooms], rel=1e-4)
+
+
+def test_a_training_on_painted_vessels_is_watched_on_the_real_crop(painted, tmp_path) -> None:
+    """The crop is a probe by windows: a picture and finite maps, before and after the training."""
+    monitor = AttributionMonitor(
+        probes=[ProbeFile(str(IMAGE), str(LABEL), "crop")],
+        methods={"saliency": Saliency()},
+        window=(64, 64, 36),
+        sinks=[],
+    )
+    data = MRADataModule(root=painted[1], patch_size=16, samples_per_volume=4, probes=1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[monitor],
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(UserWarning, match="costs"):
+        trainer.fit(SegmentationTask(UNet3d(channels=2, levels=2)), datamodule=data)
+
+    folder = monitor.run.folder
+    rows = folder.read_records()
+    steps = sorted({row.step for row in rows})
+    assert steps == [0, trainer.global_step]
+    assert {row.status for row in rows if row.metric in ("dice", "mass_inside")} == {"ok"}
+    for epoch, step in ((0, step) for step in steps):
+        map_ = folder.read_nifti(folder.map_path("crop", "vessel", "saliency", epoch, step))
+        assert tuple(map_.shape) == (140, 123, 34)
+        assert bool(torch.isfinite(map_).all())
+        assert float(map_.sum()) > 0
+        assert folder.panel_path("crop", epoch, step).is_file()
