@@ -59,7 +59,7 @@ BATCH_PROBES = 4
 """How many probes are taken from the first validation batch, where there are no others."""
 
 
-class AttributionMonitor(*_BASES):  # type: ignore[misc]
+class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is installed
     """Shows where a segmentation network looks, at every validation of its training.
 
     It explains the network on fixed probe volumes, measures where the attribution lies and how it

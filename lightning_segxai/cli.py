@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,9 @@ def run_lightning(args: list[str], *, run: bool = True, quiet: bool = False) -> 
         def before_fit(self) -> None:
             self._check_checkpoint()
             # Lightning appends it; a weight-averaging callback before it would hide its weights.
-            others = [c for c in self.trainer.callbacks if c is not self.segxai]  # type: ignore[attr-defined]
-            self.trainer.callbacks = [self.segxai, *others]  # type: ignore[attr-defined]
+            trainer: Any = self.trainer
+            others = [c for c in trainer.callbacks if c is not self.segxai]
+            trainer.callbacks = [self.segxai, *others]
             self.segxai.cli_config = self._config_of_run()
 
         def _config_of_run(self) -> dict[str, Any]:
@@ -196,14 +197,9 @@ def _users(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     if any(not frame.filename.startswith(ours) for frame in frames):
         return False
-    kinds: tuple[Callable[..., Exception], ...] = (
-        ValueError,
-        TypeError,
-        OSError,
-        argparse.ArgumentError,
-    )
+    kinds = (ValueError, TypeError, OSError, argparse.ArgumentError)
     names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, kinds) or "MisconfigurationException" in names  # type: ignore[arg-type]
+    return isinstance(error, kinds) or "MisconfigurationException" in names
 
 
 def _one_line(error: Exception) -> str:

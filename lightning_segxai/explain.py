@@ -220,7 +220,9 @@ class _Explanation:
         values = torch.full((1, 1, 1), math.nan).expand(self.probe.shape)
         if model is not None and cell.values is not None and cell.status == "ok":
             values = (cell.values / (model.voxels if cell.method.shares_score else 1)).cpu()
-        aimed = model is not None and self.logits is not None and model.voxels > 0
+        score = math.nan
+        if model is not None and self.logits is not None and model.voxels > 0:
+            score = model.score(self.logits) / model.voxels
         return Attribution(
             probe=self.probe,
             target=cell.target,
@@ -234,7 +236,7 @@ class _Explanation:
                 else voxels(model.weights).cpu()
             ),
             prediction=self._prediction(),
-            score=model.score(self.logits) / model.voxels if aimed else math.nan,  # type: ignore[union-attr, arg-type]
+            score=score,
             completeness_error=cell.error,
             cancellation=cell.cancellation,
             seconds=cell.seconds,

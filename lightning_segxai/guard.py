@@ -131,7 +131,8 @@ def _precision() -> Restore:
     try:
         matmul, tf32 = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:  # this process uses the new way
-        parts = (torch.backends, torch.backends.cuda.matmul, cudnn, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+        backends: Any = torch.backends  # the stubs of torch 2.13 do not know the new way yet
+        parts = (backends, backends.cuda.matmul, cudnn, backends.cudnn.conv, backends.cudnn.rnn)
         words = [part.fp32_precision for part in parts]
 
         def restore_words() -> None:

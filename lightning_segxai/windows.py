@@ -66,8 +66,8 @@ class Windows:
         """Weight of the window at ``place`` at each of its voxels; over windows it sums to one."""
         if len(self.places) == 1:
             return torch.ones(self.shape, dtype=dtype)
-        cut: Place = tuple(slice(0, s.stop - s.start) for s in place)  # type: ignore[assignment]
-        return (self._bump[cut] / self._total[place]).to(dtype)
+        i, j, k = (s.stop - s.start for s in place)
+        return (self._bump[:i, :j, :k] / self._total[place]).to(dtype)
 
     @cached_property
     def _bump(self) -> Float[Tensor, "i j k"]:

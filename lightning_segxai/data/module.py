@@ -40,7 +40,7 @@ _BASES = tuple(
 _SHUFFLED_VOLUMES = 16  # patches of so many volumes are shuffled together, and held meanwhile
 
 
-class MRADataModule(*_BASES):  # type: ignore[misc]
+class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is installed
     """Patches of ToF-MRA volumes with vessel labels, and the probes that the monitor explains.
 
     Volumes are read from ``root/images/<name>.nii.gz`` and ``root/labels/<name>.nii.gz``, or made
