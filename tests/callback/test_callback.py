@@ -632,3 +632,16 @@ def test_a_place_behind_weight_averaging_is_warned_of(tmp_path):
         )
 
     assert not any("raw weights" in str(w.message) for w in told)
+
+
+def test_scalars_are_there_between_observations_too(tmp_path):
+    """Else `EarlyStopping` would end a training whose first validation is not observed."""
+    key = "segxai/metric/mass_inside/vessel/saliency"
+    stopping = EarlyStopping(key, mode="max", patience=10)
+    monitor = tiny_monitor(every_n_validations=2)
+    trainer = tiny_trainer(tmp_path, monitor, stopping, max_epochs=3)
+    trainer.fit(tiny_task(), datamodule=tiny_data())
+
+    assert trainer.current_epoch == 3
+    assert moments(monitor) == [(0, 0), (1, 8)]
+    assert key in trainer.callback_metrics
