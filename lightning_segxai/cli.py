@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("segxai: interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # told in one line, or raised again
         if not _users(error) or os.environ.get("SEGXAI_TRACEBACK"):
             raise
         print(f"segxai: error: {_one_line(error)}", file=sys.stderr)

@@ -42,7 +42,7 @@ class Failures:
         """Do what may fail at the ends, on a full disk or a dead server; but let some kinds out."""
         try:
             work()
-        except Exception as error:
+        except Exception as error:  # sinks, disks and servers fail in every way
             if self.on_error == "raise" or isinstance(error, let_out):
                 raise
             self._tell(who, f"{who} failed", error)

@@ -169,7 +169,7 @@ def to_file_grid(
         file = tio.ScalarImage(reference)
         shape, to_world = tuple(file.spatial_shape), file.affine
         affine = np.asarray(cast(SpatialImage, nib.load(reference)).affine, dtype=np.float64)
-    except Exception as error:
+    except Exception as error:  # whatever the readers of a broken file raise
         raise ValueError(f"`to_file_grid` cannot read {reference}: {error}") from error
     to_probe = np.linalg.inv(np.asarray(probe.affine)) @ to_world
     whole = np.round(to_probe)
