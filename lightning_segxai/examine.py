@@ -101,7 +101,7 @@ def measure(
         failed as the map is.
     """
     attributions = list(attributions)
-    predicted = {a.probe.name: a for a in reversed(attributions) if not _unseen(a)}
+    predicted = {a.probe.name: a for a in reversed(attributions) if not unseen(a)}
     rows: list[Record] = []
     seen: set[tuple[str, ...]] = set()
     for attribution in attributions:
@@ -114,7 +114,7 @@ def measure(
             rows.append(record(run, attribution, "dice", "1", overlap, status, of="probe"))
         if (probe.name, attribution.target) not in seen:
             seen.add((probe.name, attribution.target))
-            aimed = attribution.status != "unsupported" and not _unseen(attribution)
+            aimed = attribution.status != "unsupported" and not unseen(attribution)
             size = float(attribution.region.sum()) if aimed else math.nan
             status = "ok" if aimed else attribution.status
             rows.append(
@@ -196,7 +196,7 @@ def _measured(
     return record(run, attribution, name, unit, value)
 
 
-def _unseen(attribution: Attribution) -> bool:
+def unseen(attribution: Attribution) -> bool:
     """Whether it failed before the target was aimed: region and prediction are not known."""
     return attribution.status == "failed" and math.isnan(attribution.score)
 

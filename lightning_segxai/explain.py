@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -235,7 +235,7 @@ class _Explanation:
                 if model is None
                 else voxels(model.weights).cpu()
             ),
-            prediction=self._prediction(),
+            prediction=self.prediction,
             score=score,
             completeness_error=cell.error,
             cancellation=cell.cancellation,
@@ -260,7 +260,9 @@ class _Explanation:
         cell.error, cell.cancellation = self._completeness(cell, self.models[cell.target], made)
         cell.values = made
 
-    def _prediction(self) -> Tensor:
+    @cached_property
+    def prediction(self) -> Tensor:
+        """The class of each voxel, the same for all cells; zeros where nothing was predicted."""
         if self.logits is None:
             return torch.zeros(self.probe.shape, dtype=torch.long)
         return self.predictor.decisive(self.logits).argmax(dim=0).cpu()

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jaxtyping import Int
 from PIL import Image
-from torch import Tensor
 
-from lightning_segxai.examine import measure, measure_shifts, record
+from lightning_segxai.examine import measure, measure_shifts, record, unseen
 from lightning_segxai.explain import Failure, explain
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
-from lightning_segxai.focus.overlap import dice
 from lightning_segxai.guard import undisturbed
 from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.render import render
@@ -92,15 +89,26 @@ def observe(
         for attribution in maps:
             if attribution.status == "ok":
                 records += _shifts(attribution, timeline, questions.shifts, run, failed)
-    predictions: dict[str, Int[Tensor, "i j k"]] = {a.probe.name: a.prediction for a in maps}
-    panels: dict[str, Image.Image] = {}
-    for probe in probes:
-        of_probe = [a for a in maps if a.probe.name == probe.name]
-        if of_probe:
-            label = probe.label
-            overlap = None if label is None else dice(predictions[probe.name], label)
-            panels[probe.name] = render(of_probe, title=run, dice=overlap)
+    predictions = {a.probe.name: a.prediction for a in maps if not unseen(a)}
+    panels = _panels(maps, records, run, failed)
     return Observation(epoch, step, logging_step, tuple(maps), tuple(records), predictions, panels)
+
+
+def _panels(
+    maps: Sequence[Attribution], records: Sequence[Record], run: str, failed: Failure | None
+) -> dict[str, Image.Image]:
+    """A picture of each probe; one that cannot be drawn takes no number with it."""
+    overlaps = {r.probe: r.value for r in records if r.metric == "dice" and r.status == "ok"}
+    panels: dict[str, Image.Image] = {}
+    for name in dict.fromkeys(a.probe.name for a in maps):
+        of_probe = [a for a in maps if a.probe.name == name]
+        try:
+            panels[name] = render(of_probe, title=run, dice=overlaps.get(name))
+        except Exception as error:  # numbers are worth more than a picture of them
+            if failed is None:
+                raise
+            failed(name, of_probe[0].target, "the picture", error)
+    return panels
 
 
 def _shifts(

@@ -123,6 +123,8 @@ def explain_file(
             failed=mistakes,
         )
     mistakes.let_out()
+    if probe.name not in seen.predictions:
+        raise ValueError(f"{image} could not be segmented: {seen.attributions[0].reason}")
     folder = RunFolder(target)
     for a in seen.attributions:
         if a.status == "ok":
@@ -135,7 +137,8 @@ def explain_file(
     whole = torch.from_numpy(prediction.copy()).round().to(torch.uint8)
     folder.write_nifti(folder.root / "prediction.nii.gz", whole, affine)
     folder.append_records(seen.records)
-    seen.panels[probe.name].save(folder.root / "panel.png")
+    for panel in seen.panels.values():
+        panel.save(folder.root / "panel.png")
     if probe.label is not None:
         print(f"Dice {dice(seen.predictions[probe.name], probe.label):.3f}")
     print(f"written to {folder.root}")

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -251,7 +252,12 @@ class ScoredModel:
             )
         return cls(predictor, probe, weights, seed)
 
-    @property
+    @cached_property
+    def windows(self) -> Windows:
+        """The probe's windows; methods that perturb call the model thousands of times."""
+        return self.predictor.windows(self.probe.shape)
+
+    @cached_property
     def voxels(self) -> int:
         """Number of voxels in the target's region."""
         return int(voxels(self.weights).sum())
@@ -262,7 +268,7 @@ class ScoredModel:
 
     def __call__(self, x: Float[Tensor, "b c i j k"]) -> Float[Tensor, " b"]:
         """The score of each volume of a batch, by windows; differentiable where ``x`` is."""
-        windows = self.predictor.windows(x.shape[2:])
+        windows = self.windows
         work = [(n, place) for n in range(len(x)) for place in windows.places]
         scores: list[list[Tensor]] = [[] for _ in x]
 

@@ -645,3 +645,17 @@ def test_scalars_are_there_between_observations_too(tmp_path):
     assert trainer.current_epoch == 3
     assert moments(monitor) == [(0, 0), (1, 8)]
     assert key in trainer.callback_metrics
+
+
+def test_a_picture_that_cannot_be_drawn_takes_no_number_with_it(tmp_path, monkeypatch):
+    """Maps and records are there, the picture is not, and it is told."""
+    monkeypatch.setattr("lightning_segxai.observe.render", lambda *_, **__: 1 / 0)
+    monitor = tiny_monitor()
+    with pytest.warns(UserWarning, match="the picture .* ZeroDivisionError"):
+        fitted(tmp_path, monitor)
+
+    own = [r for r in records(monitor) if (r.metric, r.method) == ("mass_inside", "saliency")]
+    assert own
+    assert {r.status for r in own} == {"ok"}
+    assert list((monitor.run.folder.root / "maps").rglob("*.nii.gz"))
+    assert not list(monitor.run.folder.root.rglob("*.png"))
