@@ -30,9 +30,10 @@ class Baseline:
             mean and standard deviation; ``minimum``: each channel's smallest value; ``zero``; or a
             number that fills the volume.
         sigma_mm: Standard deviation of the Gaussian in millimetres.
+        draw: Which of several noises.
 
     Raises:
-        ValueError: for another word, or a width that is not positive.
+        ValueError: for another word, a volume, or a width that is not positive.
 
     References:
         Sturmfels et al., "Visualizing the impact of feature attribution baselines", Distill, 2020.
@@ -40,11 +41,17 @@ class Baseline:
 
     blank: Blank = "blurred"
     sigma_mm: float = 5.0
+    draw: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.blank, str) and self.blank not in _KINDS:
+        if not isinstance(self.blank, str | int | float) or (
+            isinstance(self.blank, str) and self.blank not in _KINDS
+        ):
+            given = getattr(self.blank, "shape", None)
+            what = f"a volume of {tuple(given)}" if given is not None else repr(self.blank)
             raise ValueError(
-                f"`baseline={self.blank!r}` must be one of {', '.join(_KINDS)}, or a number."
+                f"`baseline` must be one of {', '.join(_KINDS)}, or a number that fills a volume "
+                f"of any shape, but got {what}."
             )
         if not self.sigma_mm > 0:
             raise ValueError(f"`sigma_mm` must be positive, but got {self.sigma_mm}.")
@@ -64,11 +71,27 @@ class Baseline:
             blurred = ndimage.gaussian_filter(x.detach().cpu().numpy(), sigma, mode="nearest")
             return torch.from_numpy(blurred).to(x)
         if self.blank == "noise":
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
+            for _ in range(self.draw + 1):
+                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
             return _each(x.mean(dim=(1, 2, 3))) + _each(x.std(dim=(1, 2, 3))) * noise
         if self.blank == "minimum":
             return _each(x.amin(dim=(1, 2, 3))).expand_as(x)
         return torch.full_like(x, 0.0 if self.blank == "zero" else float(self.blank))
+
+
+def draws(count: int, sigma_mm: float) -> tuple[Baseline, ...]:
+    """A small distribution of baselines: blurred ones of several widths, and noises, in turn.
+
+    The widths are powers of two around ``sigma_mm``. It is the same at every epoch.
+
+    >>> [(b.blank, b.sigma_mm, b.draw) for b in draws(3, 4.0)]
+    [('blurred', 4.0, 0), ('noise', 4.0, 0), ('blurred', 2.0, 0)]
+    """
+    widths = [sigma_mm * 2.0 ** ((-1) ** n * (n + 1) // 2) for n in range(count)]
+    return tuple(
+        Baseline("noise", sigma_mm, n // 2) if n % 2 else Baseline("blurred", widths[n // 2])
+        for n in range(count)
+    )
 
 
 def _each(of_channels: Tensor) -> Tensor:

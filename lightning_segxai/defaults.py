@@ -13,8 +13,8 @@ from lightning_segxai.focus.location import (
 from lightning_segxai.focus.shift import CenterShift, RankCorrelation, TopOverlap
 from lightning_segxai.focus.spread import EffectiveVolume, Entropy, Gini
 from lightning_segxai.methods.base import AttributionMethod
+from lightning_segxai.methods.cams import GradCAM
 from lightning_segxai.methods.gradients import Saliency
-from lightning_segxai.methods.layers import GradCAM
 from lightning_segxai.methods.paths import IntegratedGradients
 from lightning_segxai.targets import ClassEvidence, Target
 

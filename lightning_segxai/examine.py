@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_segxai.baselines import Baseline
 from lightning_segxai.explain import Failure, explain
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.focus.overlap import dice
 from lightning_segxai.guard import undisturbed
-from lightning_segxai.methods.base import AttributionMethod, LookMethod
-from lightning_segxai.passes import Here, Trajectory
+from lightning_segxai.methods.base import AttributionMethod
+from lightning_segxai.rules.interception import Rule
 from lightning_segxai.scored import Outputs, Predictor
 from lightning_segxai.targets import Target
+from lightning_segxai.trajectories import Trajectory
 from lightning_segxai.values import Attribution, Probe, Record, Status, as_shape
 
 
@@ -250,27 +250,26 @@ def cost(
 ) -> Cost:
     """What explaining these probes takes; less where a region turns out empty.
 
-    Every distinct trajectory costs a forward pass for each of its points, and a backward pass for
-    each point and target. The prediction is the look at the volume itself, or, by several windows,
-    a forward pass of its own. Each distinct baseline of a method with the completeness axiom costs
-    one more forward pass. Each is times the number of windows. The one pass that finds out what a
-    new network accepts is not in it.
+    Every distinct trajectory under a distinct rule costs a forward pass for each of its points, and
+    a backward pass for each point with a gradient and each target; twice as many under a rule that
+    sends a second volume along. The prediction is the look at the volume itself, or, by several
+    windows, a forward pass of its own. Each is times the number of windows. The one pass that finds
+    out what a new network accepts is not in it.
     """
     forward = backward = 0
     for probe in probes:
         i, j, k = probe.shape
         windows = len(predictor.windows(probe.shape).places)
-        walks: set[Trajectory] = set()
-        baselines: set[Baseline] = set()
-        alone = 0
+        walks: set[tuple[Trajectory, Rule | None]] = set()
+        alone = Cost(0, 0)
         for method in methods.values():
-            if isinstance(method, LookMethod) and method.trajectory is not None:
-                walks.add(method.trajectory)
-            if method.reference is not None:
-                baselines.add(method.reference)
-            alone += method.extra_passes((i, j, k), windows)
-        points = sum(walk.count for walk in walks)
-        predicted = 0 if Here() in walks and windows == 1 else 1
-        forward += windows * (points + predicted + len(baselines)) + alone * len(targets)
-        backward += windows * points * len(targets)
+            walks |= {(p.trajectory, p.rule) for p in method.parts if p.trajectory is not None}
+            extra = method.extra_passes((i, j, k), windows)
+            alone = Cost(alone.forward + extra.forward, alone.backward + extra.backward)
+        rows = {way: 2 if way[1] is not None and way[1].partner else 1 for way in walks}
+        looks = sum(n * (way[0].count + way[0].ends) for way, n in rows.items())
+        gradients = sum(n * way[0].count for way, n in rows.items())
+        seen = windows == 1 and any(t.starts_here and rule is None for t, rule in walks)
+        forward += windows * (looks + (not seen)) + alone.forward * len(targets)
+        backward += (windows * gradients + alone.backward) * len(targets)
     return Cost(forward, backward)

@@ -12,12 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_segxai.baselines import Baseline
 from lightning_segxai.guard import undisturbed
-from lightning_segxai.methods.base import AttributionMethod, LookMethod, MapInMaking
-from lightning_segxai.passes import Here, Look, Trajectory, resolve_layer, walk
+from lightning_segxai.methods.base import (
+    AttributionMethod,
+    Complete,
+    LookMethod,
+    MapInMaking,
+    values_of,
+)
+from lightning_segxai.passes import Look, walk
+from lightning_segxai.rules.interception import Rule
 from lightning_segxai.scored import Predictor, ScoredModel, describe
+from lightning_segxai.taps import resolve_layer
 from lightning_segxai.targets import Target, voxels
+from lightning_segxai.trajectories import Here, Trajectory
 from lightning_segxai.values import (
     Attribution,
     Logits,
@@ -69,7 +77,8 @@ class _Cell:
     method: AttributionMethod
     values: Map | None = None
     layer: str = ""
-    trajectory: Trajectory | None = None
+    parts: tuple[LookMethod, ...] = ()
+    made: dict[int, Map | Complete] = field(default_factory=dict)
     error: float | None = None
     cancellation: float | None = None
     seconds: float = 0.0
@@ -80,6 +89,20 @@ class _Cell:
     def open(self) -> bool:
         """Whether its map is still to be made."""
         return self.status == "ok" and self.values is None
+
+
+_Way = tuple[Trajectory, Rule | None]
+"""What equal methods share: where to look, and how functions run backward there."""
+
+_Part = tuple[_Cell, int]
+"""One of the methods that a cell's map is made of."""
+
+
+def _way(part: _Part) -> _Way:
+    cell, n = part
+    method = cell.parts[n]
+    assert method.trajectory is not None
+    return method.trajectory, method.rule
 
 
 @dataclass(eq=False)
@@ -94,7 +117,6 @@ class _Explanation:
     failed: Failure | None
     logits: Logits | None = None
     models: dict[str, ScoredModel] = field(default_factory=dict)
-    references: dict[Baseline, Logits] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.x = self.probe.image.detach().to(self.predictor.device)
@@ -109,18 +131,20 @@ class _Explanation:
         """Predict, aim every target, walk every trajectory; then the methods that walk alone."""
         for cell in self.cells:
             self._try([cell], partial(self._resolve, cell))
-        walks: dict[Trajectory, list[_Cell]] = {}
+        walks: dict[_Way, list[_Part]] = {}
         for cell in self.cells:
-            if cell.trajectory is not None:
-                walks.setdefault(cell.trajectory, []).append(cell)
-        here = walks.get(Here(), [])
-        if here and len(self.windows.places) == 1:
-            # A look at the whole volume itself is the prediction too.
-            self._try(here, partial(self._walk, Here(), here))
+            for n in range(len(cell.parts)):
+                walks.setdefault(_way((cell, n)), []).append((cell, n))
+        ways = [(t, rule) for t, rule in walks if t.starts_here and rule is None]
+        # a look at the whole volume itself is the prediction too: best where a gradient is wanted
+        ways.sort(key=lambda way: way[0] != Here())
+        if ways and len(self.windows.places) == 1:
+            first = walks.pop(ways[0])
+            self._try(_cells(first), partial(self._walk, *ways[0], first))
         if self.logits is None:
             self._try(self.cells, self._predict)
-        for trajectory, cells in walks.items():
-            self._try(cells, partial(self._walk, trajectory, cells))
+        for (trajectory, rule), parts in walks.items():
+            self._try(_cells(parts), partial(self._walk, trajectory, rule, parts))
         for cell in self.cells:
             self._try([cell], partial(self._alone, cell))
         return [self._attribution(cell) for cell in self.cells]
@@ -131,6 +155,10 @@ class _Explanation:
             return
         try:
             work()
+        except UnsupportedError as error:
+            for cell in cells:
+                if cell.open:
+                    cell.status, cell.reason = "unsupported", str(error)
         except Exception as error:  # a method is anybody's code: what it raises is told and kept
             if self.failed is None:
                 raise
@@ -140,12 +168,13 @@ class _Explanation:
                     self.failed(self.probe.name, cell.target, cell.name, error)
 
     def _resolve(self, cell: _Cell) -> None:
-        """Find the cell's layers and trajectory, so that a wrong one fails by itself."""
+        """Find the cell's layers and ways, so that a wrong one fails by itself."""
         layers = [cell.method.layer] if cell.method.layer else []
-        if isinstance(cell.method, LookMethod):
-            layers += cell.method.layers
-            hash(cell.method.trajectory)  # it is a key
-            cell.trajectory = cell.method.trajectory
+        parts = cell.method.parts
+        for part in parts:
+            layers += part.layers
+            hash((part.trajectory, part.rule))  # it is a key
+        cell.parts = parts
         if layers:
             window = self.x[(slice(None), *self.windows.places[0])]
             rehearsal = self.predictor.rehearse(window)
@@ -164,55 +193,47 @@ class _Explanation:
 
     def _aim_at(self, name: str, cells: list[_Cell], logits: Logits) -> None:
         target = self.targets[name]
-        try:
-            model = ScoredModel.aim(self.predictor, self.probe, target, logits, self.seed)
-        except UnsupportedError as error:
-            for cell in cells:
-                cell.status, cell.reason = "unsupported", str(error)
-            return
+        model = ScoredModel.aim(self.predictor, self.probe, target, logits, self.seed)
         self.models[name] = model
         if model.voxels == 0:
             for cell in cells:
                 cell.status, cell.reason = "empty", "the region has no voxel"
 
-    def _walk(self, trajectory: Trajectory, cells: list[_Cell]) -> None:
+    def _walk(self, trajectory: Trajectory, rule: Rule | None, parts: list[_Part]) -> None:
         begin = time.perf_counter()
         folds: list[_CellFold] = []
 
         def aim(logits: Logits) -> list[_CellFold]:
             if self.logits is None:
                 self._aim(logits)
-            for cell in cells:
-                if cell.open:
-                    self._try([cell], partial(begin_fold, cell))
+            for part in parts:
+                if part[0].open:
+                    self._try([part[0]], partial(begin_fold, part))
             return folds
 
-        def begin_fold(cell: _Cell) -> None:
-            assert isinstance(cell.method, LookMethod)
-            model = self.models[cell.target]
-            making = MapInMaking(cell.method, model, cell.method.start(model, self.x))
-            folds.append(_CellFold(self, cell, making))
+        def begin_fold(part: _Part) -> None:
+            cell, n = part
+            method, model = cell.parts[n], self.models[cell.target]
+            making = MapInMaking(method, model, method.start(model, self.x))
+            folds.append(_CellFold(self, cell, n, making))
 
         layers = dict.fromkeys(
-            layer
-            for cell in cells
-            if cell.open and isinstance(cell.method, LookMethod)
-            for layer in cell.method.layers
+            layer for cell, n in parts if cell.open for layer in cell.parts[n].layers
         )
         generator = torch.Generator().manual_seed(self.seed)
-        walk(self.predictor, self.probe, self.x, trajectory, tuple(layers), aim, generator)
+        walk(self.predictor, self.probe, self.x, trajectory, rule, tuple(layers), aim, generator)
         shared = (time.perf_counter() - begin) / max(1, len(folds))
         for fold in folds:
             begin = time.perf_counter()
             self._try([fold.cell], fold.finish)
-            fold.cell.seconds = shared + time.perf_counter() - begin
+            fold.cell.seconds += shared + time.perf_counter() - begin
 
     def _alone(self, cell: _Cell) -> None:
         begin = time.perf_counter()
         # somebody's code: what it does to the network must not reach the next cell
         with undisturbed(self.predictor.module, self.seed):
             made = cell.method.attribute(self.models[cell.target], self.x)
-        self._keep(cell, made)
+        self.keep(cell, made)
         cell.seconds = time.perf_counter() - begin
 
     def _attribution(self, cell: _Cell) -> Attribution:
@@ -244,8 +265,9 @@ class _Explanation:
             reason=cell.reason,
         )
 
-    def _keep(self, cell: _Cell, made: Any) -> None:
+    def keep(self, cell: _Cell, given: Any) -> None:
         """Check a map and its axiom; a stranger's method may give anything."""
+        made = values_of(given)
         if not isinstance(made, Tensor) or made.shape != self.probe.shape:
             raise ValueError(
                 f"`{cell.method}` gave {describe(made)}, but a map of the probe's "
@@ -257,7 +279,8 @@ class _Explanation:
             cell.status = "nonfinite"
             cell.reason = f"NaN or infinity in the map, {'not' if logits else 'and'} in the logits"
             return
-        cell.error, cell.cancellation = self._completeness(cell, self.models[cell.target], made)
+        if isinstance(given, Complete):
+            self._hold_to_axiom(cell, made, given.start)
         cell.values = made
 
     @cached_property
@@ -267,22 +290,21 @@ class _Explanation:
             return torch.zeros(self.probe.shape, dtype=torch.long)
         return self.predictor.decisive(self.logits).argmax(dim=0).cpu()
 
-    def _completeness(
-        self, cell: _Cell, model: ScoredModel, made: Map
-    ) -> tuple[float | None, float | None]:
+    def _hold_to_axiom(self, cell: _Cell, made: Map, start: float) -> None:
         """How far the map's sum is from the score difference, and how much of it cancels."""
-        reference = cell.method.reference
-        if reference is None or self.logits is None:
-            return None, None
-        if reference not in self.references:
-            start = reference.make(self.x, self.probe.spacing_mm, model.generator())
-            self.references[reference] = self.predictor.predict(start)
-        score = model.score(self.logits)
-        difference = score - model.score(self.references[reference])
+        assert self.logits is not None  # a map was made
+        score = self.models[cell.target].score(self.logits)
+        difference = score - start
         if abs(difference) <= 1e-6 * max(1.0, abs(score)):
-            return None, None
+            return
         total, absolute = float(made.double().sum()), float(made.double().abs().sum())
-        return abs(total - difference) / abs(difference), absolute / abs(difference)
+        cell.error = abs(total - difference) / abs(difference)
+        cell.cancellation = absolute / abs(difference)
+
+
+def _cells(parts: list[_Part]) -> list[_Cell]:
+    """The cells that parts belong to."""
+    return list({id(cell): cell for cell, _ in parts}.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +313,7 @@ class _CellFold:
 
     whole: _Explanation
     cell: _Cell
+    part: int
     making: MapInMaking
 
     @property
@@ -303,7 +326,9 @@ class _CellFold:
         self.whole._try([self.cell], partial(self.making.see, look))
 
     def finish(self) -> None:
-        """Make the map."""
-        making = self.making
-        made = making.method.finish(making.model, self.whole.x, making.state)
-        self.whole._keep(self.cell, made)
+        """Make the part's map, and the cell's with the last one."""
+        model, cell, x = self.making.model, self.cell, self.whole.x
+        cell.made[self.part] = self.making.method.finish(model, x, self.making.state)
+        if len(cell.made) == len(cell.parts):
+            made = [cell.made[n] for n in range(len(cell.parts))]
+            self.whole.keep(cell, cell.method.join(model, x, made))

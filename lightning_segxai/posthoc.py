@@ -24,8 +24,8 @@ from lightning_segxai.focus.overlap import dice
 from lightning_segxai.folder import RunFolder
 from lightning_segxai.guard import undisturbed
 from lightning_segxai.observe import observe
-from lightning_segxai.passes import resolve_layer
 from lightning_segxai.scored import Predictor
+from lightning_segxai.taps import resolve_layer
 from lightning_segxai.values import as_shape
 
 

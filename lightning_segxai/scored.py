@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_segxai.rules.interception import Interception, counted
 from lightning_segxai.targets import Target, voxels
 from lightning_segxai.values import Logits, Probe, Shape, Volume
 from lightning_segxai.windows import Place, Windows
@@ -48,10 +49,12 @@ class Rehearsal:
         padded: The shape that the network accepts.
         layers: Output shape of every module that gives one tensor, in execution order; a module
             that is called again keeps its last call.
+        convolutions: How often it calls a convolution or a linear function.
     """
 
     padded: Shape
     layers: Mapping[str, torch.Size]
+    convolutions: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +113,19 @@ class Predictor:
             return self.looks_per_pass
         return max(1, min(8, 64**3 // math.prod(s.stop - s.start for s in place)))
 
-    def window_logits(self, x: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b classes i j k"]:
+    def window_logits(
+        self, x: Float[Tensor, "b c i j k"], mode: Interception | None = None
+    ) -> Float[Tensor, "b classes i j k"]:
         """Logits of a batch of windows, in the dtype of ``x``, with a channel for each class.
 
         A sigmoid network gets a background of zeros, so that the argmax is its decision at 0.5.
+
+        Args:
+            x: The windows.
+            mode: What intercepts the network's functions.
         """
         rehearsal = self.rehearse(x[0])
-        raw = self._run(_pad(x, rehearsal.padded))
+        raw = self._run(_pad(x, rehearsal.padded), mode)
         self.passes.forward += len(x)
         raw = raw[..., : x.shape[2], : x.shape[3], : x.shape[4]].to(x.dtype)
         if self.kind(raw.shape[1]) == "softmax":
@@ -179,7 +188,7 @@ class Predictor:
                 continue
             tried.add((i, j, k))
             try:
-                with _traced(self.module) as layers:
+                with _traced(self.module) as layers, counted() as calls:
                     raw = self._run(_pad(x[None], (i, j, k)))
             except (RuntimeError, ValueError, AssertionError) as error:
                 if out_of_memory(error):
@@ -189,18 +198,21 @@ class Predictor:
             self.passes.forward += 1
             self.kind(raw.shape[1])
             _warn_of_probabilities(raw, self.module)
-            return Rehearsal((i, j, k), layers)
+            return Rehearsal((i, j, k), layers, calls.convolutions)
         name = type(self.module).__name__
         raise ValueError(
             f"`{name}` gave no full-resolution logits for a volume of {tuple(x.shape)} "
             f"(c i j k). First answer: {refusals[0].splitlines()[0][:300]}"
         )
 
-    def _run(self, x: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b channels i j k"]:
+    def _run(
+        self, x: Float[Tensor, "b c i j k"], mode: Interception | None = None
+    ) -> Float[Tensor, "b channels i j k"]:
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
-        with self.forward_context():
-            # A copy: a network may write into its input, which may be the probe's own, or a leaf.
-            output = self.module(x.to(dtype, copy=True))
+        # A copy: a network may write into its input, which may be the probe's own, or a leaf.
+        given = x.to(dtype, copy=True)
+        with self.forward_context(), mode.watching(given) if mode else nullcontext():
+            output = self.module(given)
         raw = self.logits(output) if self.logits else _find_logits(output, x.shape[2:])
         if not isinstance(raw, Tensor) or raw.ndim != 5 or raw.shape[2:] != x.shape[2:]:
             raise ValueError(
@@ -292,17 +304,20 @@ class ScoredModel:
 
 
 def in_pieces(
-    work: Iterable[Item], size: int, look: Callable[[list[Item]], Result]
+    work: Iterable[Item],
+    size: int,
+    look: Callable[[list[Item]], Result],
+    alike: Callable[[Item], Hashable] = lambda _: None,
 ) -> Iterator[tuple[list[Item], Result]]:
     """Consecutive pieces of the work, each with what ``look`` says of it.
 
-    On an out-of-memory error the size is halved, down to one. What is done with a result is done
-    outside, so an error there never makes a piece come twice.
+    The items of a piece are ``alike``. On an out-of-memory error the size is halved, down to one.
+    What is done with a result is done outside, so an error there never makes a piece come twice.
     """
     items, waiting = iter(work), list[Item]()
     while True:
         waiting += islice(items, max(0, size - len(waiting)))
-        piece = waiting[:size]
+        piece = next((list(group) for _, group in groupby(waiting[:size], alike)), [])
         if not piece:
             return
         try:

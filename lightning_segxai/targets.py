@@ -66,11 +66,8 @@ class ClassEvidence(Target):
 
     def weights(self, probe: Probe, logits: Logits) -> Float[Tensor, "classes i j k"]:
         check_class(self, self.label, logits)
-        weights = torch.zeros_like(logits)
-        weights[self.label] = class_region(self, self.label, self.region, probe, logits).to(
-            logits.dtype
-        )
-        return weights
+        region = class_region(self, self.label, self.region, probe, logits)
+        return summed(self.label, region, logits)
 
 
 @dataclass(frozen=True)
@@ -142,6 +139,23 @@ def check_class(who: Target, label: int, logits: Logits) -> None:
         )
 
 
+def summed(label: int, region: Mask, logits: Logits) -> Float[Tensor, "classes i j k"]:
+    """Weights that sum the logits of one class over a region, on the device of ``logits``."""
+    weights = torch.zeros_like(logits)
+    weights[label] = region.to(weights)
+    return weights
+
+
+def true_region(who: Target, label: int, probe: Probe) -> Mask:
+    """The voxels of a class in the probe's label; an UnsupportedError where there is none."""
+    if probe.label is None:
+        raise UnsupportedError(
+            f'`{who}` needs a label, but probe "{probe.name}" has none. '
+            "Give it one, or explain what is predicted."
+        )
+    return probe.label == label
+
+
 def class_region(
     who: Target, label: int, region: Region, probe: Probe, logits: Logits
 ) -> Bool[Tensor, "i j k"]:
@@ -151,9 +165,7 @@ def class_region(
         return torch.ones_like(predicted)
     if region == "predicted" or (region == "truth" and probe.label is None):
         return predicted
-    if probe.label is None:
-        raise UnsupportedError(f'`{who}` needs a label, but probe "{probe.name}" has none.')
-    truth = probe.label.to(logits.device) == label
+    truth = true_region(who, label, probe).to(logits.device)
     if region == "truth":
         return truth
     if region == "true_positive":

@@ -24,14 +24,14 @@ from lightning_segxai.examine import examine, measure, measure_shifts
 from lightning_segxai.explain import explain
 from lightning_segxai.focus import FocusMetric, ShiftMetric
 from lightning_segxai.methods.base import AttributionMethod, LookMethod
+from lightning_segxai.methods.cams import GradCAM, HiResCAM
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
-from lightning_segxai.methods.layers import GradCAM, HiResCAM
 from lightning_segxai.methods.noise import SmoothGrad
 from lightning_segxai.methods.paths import IntegratedGradients
 from lightning_segxai.methods.perturbation import Occlusion
-from lightning_segxai.passes import Here, Trajectory
 from lightning_segxai.scored import Predictor
 from lightning_segxai.targets import ClassEvidence, ClassMargin, Target
+from lightning_segxai.trajectories import Here, Trajectory
 from lightning_segxai.values import Probe
 
 TARGETS = {"vessel": ClassEvidence(1), "margin": ClassMargin(0, 1)}

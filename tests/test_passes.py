@@ -28,8 +28,9 @@ from lightning_segxai.baselines import Baseline
 from lightning_segxai.examine import examine
 from lightning_segxai.explain import explain
 from lightning_segxai.methods.base import LookMethod
+from lightning_segxai.methods.cams import GradCAM, HiResCAM
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
-from lightning_segxai.methods.layers import GradCAM, HiResCAM, LayerActivation
+from lightning_segxai.methods.layers import LayerActivation
 from lightning_segxai.methods.noise import SmoothGrad
 from lightning_segxai.methods.paths import IntegratedGradients
 from lightning_segxai.methods.perturbation import Occlusion

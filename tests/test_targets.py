@@ -78,7 +78,7 @@ def test_truth_without_a_label_is_the_prediction():
 @pytest.mark.parametrize("region", ["true_positive", "false_positive", "false_negative"])
 def test_a_comparison_needs_a_label(region):
     """A region that compares with a truth cannot be had without one, and says which probe."""
-    with pytest.raises(UnsupportedError, match='needs a label, but probe "bare" has none'):
+    with pytest.raises(UnsupportedError, match=r'needs a label, but probe "bare" has none\. Give'):
         ClassEvidence(1, region).weights(BARE, LOGITS)
 
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_segxai.baselines import Baseline
-from lightning_segxai.passes import Here, Look, Trajectory, walk
-from lightning_segxai.scored import ScoredModel
+from lightning_segxai.passes import Look, walk
+from lightning_segxai.rules.interception import Rule
+from lightning_segxai.scored import Passes, ScoredModel
+from lightning_segxai.trajectories import Here, Trajectory
 from lightning_segxai.values import Logits, Map, Shape, Volume
+
+
+@dataclass(frozen=True, eq=False)
+class Complete:
+    """A map whose sum should be the score minus where it started: the completeness axiom.
+
+    Args:
+        values: The map.
+        start: The score without the evidence: of the baseline, or 0 for what conserves the score.
+    """
+
+    values: Map
+    start: float
 
 
 class AttributionMethod(ABC):
@@ -36,44 +51,53 @@ class AttributionMethod(ABC):
         return ""
 
     @abstractmethod
-    def attribute(self, model: ScoredModel, x: Volume) -> Map:
+    def attribute(self, model: ScoredModel, x: Volume) -> Map | Complete:
         """The map of ``x``, channels summed, not divided by anything.
 
         Args:
             model: ``model(volumes)`` gives the score of each volume ``b c i j k`` of a batch, and
                 is differentiable; ``model.probe`` is the probe.
             x: The volume to explain.
+
+        Returns:
+            The map; a `Complete` one where the method has the axiom, so that the error is reported.
         """
 
     @property
-    def reference(self) -> Baseline | None:
-        """The baseline to whose score the map's sum is the difference: the completeness axiom.
+    def parts(self) -> tuple[LookMethod, ...]:
+        """The methods that fold looks, of whose maps it is made; none for one that walks alone."""
+        return ()
 
-        None for a method without the axiom.
-        """
-        return None
+    def join(self, model: ScoredModel, x: Volume, maps: Sequence[Map | Complete]) -> Map | Complete:
+        """The map of ``x``, from those of the parts."""
+        return maps[0]
 
-    def extra_passes(self, shape: Shape, windows: int) -> int:
-        """Windows sent forward by the method itself for a volume, beyond the looks it shares.
+    def extra_passes(self, shape: Shape, windows: int) -> Passes:
+        """Windows that the method itself sends through, for a volume, beyond the looks it shares.
 
         Args:
             shape: Voxels of the volume.
             windows: Number of windows that cover it.
         """
-        return 0
+        return Passes()
 
 
 class LookMethod(AttributionMethod):
     """A method that folds looks, and so shares its passes with all others on its trajectory.
 
-    A subclass writes `start`, `update` and `finish`, and names another `trajectory` or `layers`
-    where it needs them.
+    A subclass writes `start`, `update` and `finish`, and names another `trajectory`, `rule` or
+    `layers` where it needs them.
     """
 
     @property
     def trajectory(self) -> Trajectory | None:
         """Where to look; None if it cannot be said by one, and `attribute` does it all."""
         return Here()
+
+    @property
+    def rule(self) -> Rule | None:
+        """How some functions run backward; None for the gradient."""
+        return None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -89,10 +113,15 @@ class LookMethod(AttributionMethod):
         """Fold one window of one point into the state."""
 
     @abstractmethod
-    def finish(self, model: ScoredModel, x: Volume, state: Any) -> Map:
+    def finish(self, model: ScoredModel, x: Volume, state: Any) -> Map | Complete:
         """The map of ``x``, from the looks at all windows of all points."""
 
-    def attribute(self, model: ScoredModel, x: Volume) -> Map:
+    @property
+    def parts(self) -> tuple[LookMethod, ...]:
+        """Itself."""
+        return () if self.trajectory is None else (self,)
+
+    def attribute(self, model: ScoredModel, x: Volume) -> Map | Complete:
         """The map of ``x``, by passes of its own."""
         assert self.trajectory is not None
         fold = MapInMaking(self, model, self.start(model, x))
@@ -100,8 +129,25 @@ class LookMethod(AttributionMethod):
         def aim(_: Logits) -> list[MapInMaking]:
             return [fold]
 
-        walk(model.predictor, model.probe, x, self.trajectory, self.layers, aim, model.generator())
+        walk(
+            model.predictor,
+            model.probe,
+            x,
+            self.trajectory,
+            self.rule,
+            self.layers,
+            aim,
+            model.generator(),
+        )
         return self.finish(model, x, fold.state)
+
+
+class JointMethod(AttributionMethod):
+    """A method whose map is joined from those of several that fold looks."""
+
+    def attribute(self, model: ScoredModel, x: Volume) -> Map | Complete:
+        """The map of ``x``, by passes of its own."""
+        return self.join(model, x, [part.attribute(model, x) for part in self.parts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +161,8 @@ class MapInMaking:
     def see(self, look: Look) -> None:
         """Fold one look in."""
         self.method.update(self.state, look)
+
+
+def values_of(made: Map | Complete) -> Map:
+    """The map itself, complete or not."""
+    return made.values if isinstance(made, Complete) else made

@@ -13,8 +13,20 @@ from lightning_segxai.scored import ScoredModel
 from lightning_segxai.values import Map, Volume
 
 
+class GradientMethod(LookMethod):
+    """A method of the gradient at the volume itself, gathered over windows."""
+
+    def start(self, model: ScoredModel, x: Volume) -> Tensor:
+        """A volume of zeros."""
+        return torch.zeros_like(x)
+
+    def update(self, state: Tensor, look: Look) -> None:
+        """Gather the gradient."""
+        state[look.at] += look.gradient
+
+
 @dataclass(frozen=True)
-class Saliency(LookMethod):
+class Saliency(GradientMethod):
     r"""The gradient of the score: how much a small change of each voxel would move it.
 
     $$a = \max_c |\partial S / \partial x_c| \quad\text{or}\quad
@@ -34,21 +46,13 @@ class Saliency(LookMethod):
 
     unit = "logit per intensity"
 
-    def start(self, model: ScoredModel, x: Volume) -> Tensor:
-        """A volume of zeros."""
-        return torch.zeros_like(x)
-
-    def update(self, state: Tensor, look: Look) -> None:
-        """Gather the gradient."""
-        state[look.at] += look.gradient
-
     def finish(self, model: ScoredModel, x: Volume, state: Tensor) -> Map:
         """Reduce the channels."""
         return state.abs().amax(dim=0) if self.absolute else state.sum(dim=0)
 
 
 @dataclass(frozen=True)
-class InputXGradient(LookMethod):
+class InputXGradient(GradientMethod):
     r"""The input times its gradient.
 
     $$a = \sum_c x_c\, \partial S / \partial x_c$$
@@ -59,14 +63,6 @@ class InputXGradient(LookMethod):
     References:
         Shrikumar et al., "Not just a black box", 2016, arXiv:1605.01713.
     """
-
-    def start(self, model: ScoredModel, x: Volume) -> Tensor:
-        """A volume of zeros."""
-        return torch.zeros_like(x)
-
-    def update(self, state: Tensor, look: Look) -> None:
-        """Gather the gradient."""
-        state[look.at] += look.gradient
 
     def finish(self, model: ScoredModel, x: Volume, state: Tensor) -> Map:
         """Multiply by the input."""

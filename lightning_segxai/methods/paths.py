@@ -1,4 +1,4 @@
-"""Methods that look along the path from a baseline to the volume."""
+"""Methods that look along the way from a baseline to the volume."""
 
 from __future__ import annotations
 
@@ -7,22 +7,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_segxai.baselines import Baseline, Blank
-from lightning_segxai.methods.base import LookMethod
-from lightning_segxai.passes import Line, Look
+from lightning_segxai.baselines import Baseline, Blank, draws
+from lightning_segxai.methods.base import Complete, LookMethod
+from lightning_segxai.passes import Look
+from lightning_segxai.rules.compared import Frozen
+from lightning_segxai.rules.statistics import Norm
 from lightning_segxai.scored import ScoredModel
-from lightning_segxai.values import Map, Volume
+from lightning_segxai.trajectories import Line, Scatter
+from lightning_segxai.values import Volume
+
+
+@dataclass(eq=False)
+class _Gain:
+    """The map so far, and the baselines' score."""
+
+    values: Tensor
+    start: float = 0.0
+
+
+class _PathMethod(LookMethod):
+    """The gradient times the way gone, averaged over points; complete."""
+
+    def start(self, model: ScoredModel, x: Volume) -> _Gain:
+        """A volume of zeros."""
+        return _Gain(torch.zeros_like(x))
+
+    def update(self, state: _Gain, look: Look) -> None:
+        """Gather the weighted gradient times the way, and the score of a baseline."""
+        if look.point.weight > 0:
+            state.values[look.at] += look.point.weight * look.point.way(look.place) * look.gradient
+        elif look.point.along == 0:
+            state.start += look.score
+
+    def gained(self, state: _Gain, baselines: int) -> Complete:
+        """Sum the channels."""
+        return Complete(state.values.sum(dim=0), state.start / baselines)
 
 
 @dataclass(frozen=True)
-class IntegratedGradients(LookMethod):
+class IntegratedGradients(_PathMethod):
     r"""The gradient averaged along the straight path from a baseline, times the way gone.
 
     $$a = \sum_c (x_c - b_c) \int_0^1 \frac{\partial S(b + t (x - b))}{\partial x_c}\, dt$$
 
     By Gauss-Legendre quadrature. Complete: the sum of the map is ``S(x) - S(b)``, and the map
     reports by how much it is not. For a linear network one step is exact. Costs ``steps`` forward
-    and backward passes, shared, and one forward pass for ``S(b)``.
+    and backward passes and two forward, shared with all methods on the same path.
 
     Args:
         steps: Points on the path.
@@ -31,9 +61,15 @@ class IntegratedGradients(LookMethod):
             group norm amplify it without bound. ``blurred`` is blind to what is smoother than
             ``sigma_mm``; ``noise`` adds chance.
         sigma_mm: Standard deviation of the blur in millimetres.
+        norm: ``exact``: instance, group and layer norms follow every point of the path, and the map
+            is complete for the network itself; ``frozen``: they keep the volume's statistics as
+            constants, and it is complete for that network, whose path is smoother; its forward
+            passes are twice as many.
 
     Raises:
         ValueError: for less than one step, an unknown baseline or a width that is not positive.
+        UnsupportedError: with ``norm="frozen"`` for a network without such a norm, or one that
+            cannot be seen into.
 
     References:
         Sundararajan et al., "Axiomatic attribution for deep networks", 2017, arXiv:1703.01365.
@@ -42,6 +78,7 @@ class IntegratedGradients(LookMethod):
     steps: int = 16
     baseline: Blank = "blurred"
     sigma_mm: float = 5.0
+    norm: Norm = "exact"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -49,25 +86,78 @@ class IntegratedGradients(LookMethod):
         Baseline(self.baseline, self.sigma_mm)
 
     @property
-    def reference(self) -> Baseline:
-        """Where the path comes from."""
-        return Baseline(self.baseline, self.sigma_mm)
-
-    @property
     def trajectory(self) -> Line:
         """The straight line."""
-        return Line(self.steps, self.reference)
+        return Line(self.steps, Baseline(self.baseline, self.sigma_mm))
 
-    def start(self, model: ScoredModel, x: Volume) -> Tensor:
-        """A volume of zeros."""
-        return torch.zeros_like(x)
+    @property
+    def rule(self) -> Frozen | None:
+        """Frozen norms, if asked for."""
+        return Frozen() if self.norm == "frozen" else None
 
-    def update(self, state: Tensor, look: Look) -> None:
-        """Gather the weighted gradient times the way."""
-        assert look.point.baseline is not None
-        way = (look.point.origin - look.point.baseline)[look.at]
-        state[look.at] += look.point.weight * way * look.gradient
-
-    def finish(self, model: ScoredModel, x: Volume, state: Tensor) -> Map:
+    def finish(self, model: ScoredModel, x: Volume, state: _Gain) -> Complete:
         """Sum the channels."""
-        return state.sum(dim=0)
+        return self.gained(state, 1)
+
+
+@dataclass(frozen=True)
+class ExpectedGradients(_PathMethod):
+    r"""Integrated gradients averaged over baselines, at points drawn on the ways from them.
+
+    $$a = \sum_c \mathbb E_{b,\, t \sim U(0, 1)} \Big[ (x_c - b_c)
+    \frac{\partial S(b + t (x - b))}{\partial x_c} \Big]$$
+
+    Also known as GradientShap. The baselines are blurred ones of several widths and noises, in
+    turn, and the same at every epoch; ``t`` is drawn once from each of as many equal parts as there
+    are samples. Complete, in expectation, from the mean of the baselines' scores, and the map
+    reports by how much it is not. Costs ``samples`` forward and backward passes and ``baselines +
+    1`` forward, shared with `LayerGradientShap`.
+
+    Args:
+        samples: Points.
+        baselines: Number of baselines, at most the samples.
+        noise: Standard deviation of noise added to the volume at each sample, as a fraction of its
+            intensity range.
+        sigma_mm: Standard deviation of the first blur in millimetres.
+
+    Raises:
+        ValueError: for less than one sample or baseline, more baselines than samples, negative
+            noise, or a width that is not positive.
+
+    References:
+        Erion et al., "Improving performance of deep learning models with axiomatic attribution
+        priors and expected gradients", 2021, arXiv:1906.10670. Lundberg and Lee, "A unified
+        approach to interpreting model predictions", 2017, arXiv:1705.07874.
+    """
+
+    samples: int = 16
+    baselines: int = 4
+    noise: float = 0.0
+    sigma_mm: float = 5.0
+
+    def __post_init__(self) -> None:
+        scatter(self, self.samples, self.baselines, self.noise, self.sigma_mm)
+
+    @property
+    def trajectory(self) -> Scatter:
+        """Points on the ways from several baselines."""
+        return scatter(self, self.samples, self.baselines, self.noise, self.sigma_mm)
+
+    def finish(self, model: ScoredModel, x: Volume, state: _Gain) -> Complete:
+        """Sum the channels."""
+        return self.gained(state, self.baselines)
+
+
+def scatter(
+    who: LookMethod, samples: int, baselines: int, noise: float, sigma_mm: float
+) -> Scatter:
+    """Points on the ways from several baselines.
+
+    Raises:
+        ValueError: for numbers that cannot be.
+    """
+    if not 1 <= baselines <= samples:
+        raise ValueError(f"`{who}` needs at least one baseline, and a sample for each.")
+    if noise < 0:
+        raise ValueError(f"`{who}` needs a noise that is not negative.")
+    return Scatter(samples, draws(baselines, sigma_mm), noise)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank
 from lightning_segxai.methods.base import AttributionMethod
-from lightning_segxai.scored import ScoredModel
+from lightning_segxai.scored import Passes, ScoredModel
 from lightning_segxai.values import Map, Shape, Volume
 
 
@@ -72,14 +72,14 @@ class Occlusion(AttributionMethod):
         # a cube hides all channels, so each channel holds the same effect; Captum gives float32
         return effect[0, 0].to(x.dtype)
 
-    def extra_passes(self, shape: Shape, windows: int) -> int:
+    def extra_passes(self, shape: Shape, windows: int) -> Passes:
         """The cubes and the volume itself, each by all windows."""
         size, stride = self._geometry(shape)
         cubes = math.prod(
             1 + math.ceil((axis - edge) / step)
             for axis, edge, step in zip(shape, size, stride, strict=True)
         )
-        return (cubes + 1) * windows
+        return Passes((cubes + 1) * windows)
 
     def _geometry(self, shape: Shape) -> tuple[list[int], list[int]]:
         """Edges and strides, no larger than the volume."""

@@ -13,14 +13,15 @@ from nets_for_tests import Power, Weigh, a_probe, close, layered, linear_net, se
 from torch import nn
 
 from lightning_segxai.explain import explain
+from lightning_segxai.methods.cams import GradCAM, HiResCAM
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
-from lightning_segxai.methods.layers import GradCAM, HiResCAM, LayerActivation
+from lightning_segxai.methods.layers import LayerActivation
 from lightning_segxai.methods.noise import SmoothGrad
 from lightning_segxai.methods.paths import IntegratedGradients
 from lightning_segxai.methods.perturbation import Occlusion
-from lightning_segxai.passes import Line
 from lightning_segxai.scored import Predictor
 from lightning_segxai.targets import ClassEvidence, ClassMargin, VoxelEvidence
+from lightning_segxai.trajectories import Line
 from lightning_segxai.values import Probe
 
 EVERYWHERE = ClassEvidence(1, "everywhere")

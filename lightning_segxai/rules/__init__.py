@@ -1,0 +1,1 @@
+"""Modified backward rules: how some functions of a network run backward, whoever calls them."""
