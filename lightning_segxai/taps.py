@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,28 +108,25 @@ def project(model: ScoredModel, x: Volume, layer: str, weights: Float[Tensor, " 
     return blended
 
 
-@torch.no_grad()
 def activations(
     predictor: Predictor, x: Volume, layer: str
-) -> list[tuple[Place, Float[Tensor, "c p q r"], Shape]]:
+) -> Iterator[tuple[Place, Float[Tensor, "channels p q r"], Shape]]:
     """What a layer says in each window: its place, the activation, and the padded window's shape.
 
-    One forward for each window.
+    One forward for each window, made when it is asked for.
     """
     windows = predictor.windows(x.shape[1:])
     rehearsal = predictor.rehearse(x[(slice(None), *windows.places[0])])
     name = resolve_layer(predictor, rehearsal, layer)
 
     def look(batch: list[Place]) -> Tensor:
-        with tapped(predictor.module, {name}) as taps:
+        with torch.no_grad(), tapped(predictor.module, {name}) as taps:
             predictor.window_logits(torch.stack([x[(slice(None), *p)] for p in batch]))
         return taps[name]
 
-    return [
-        (place, activation, rehearsal.padded)
-        for batch, found in in_pieces(windows.places, predictor.batch(windows.places[0]), look)
-        for place, activation in zip(batch, found, strict=True)
-    ]
+    for batch, found in in_pieces(windows.places, predictor.batch(windows.places[0]), look):
+        for place, activation in zip(batch, found, strict=True):
+            yield place, activation, rehearsal.padded
 
 
 def weighted(channels: Float[Tensor, "c i j k"], weights: Float[Tensor, " c"]) -> Map:

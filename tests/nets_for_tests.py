@@ -235,6 +235,31 @@ class Counting(nn.Module):
         return self.net(_Count.apply(x, self.counts))
 
 
+class Metered(nn.Module):
+    """Counts batch items forward, and backward at its output: whatever the gradient is for.
+
+    It has no function of its own, so rules that look into a network see what they would without.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.counts = Tally(forward=0, backward=0, calls=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = self.counts
+        counts["forward"] += len(x)
+        counts["calls"] += 1
+        logits = self.net(x)
+
+        def note(gradient: Tensor) -> None:
+            counts["backward"] += len(gradient)
+
+        if logits.requires_grad:
+            logits.register_hook(note)
+        return logits
+
+
 class Hungry(nn.Module):
     """Has memory for batches of a size only."""
 

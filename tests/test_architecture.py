@@ -61,7 +61,7 @@ USERS: dict[str, frozenset[str]] = {
 DOORS: dict[str, tuple[str, ...]] = {
     "torchio": ("data/*",),
     "wandb": ("sinks/wandb.py", "compare/*"),
-    "captum": ("methods/perturbation.py", "faithfulness/*"),
+    "captum": ("methods/perturbation/*", "faithfulness/*"),
     "pytorch_lightning": ("callback.py", "task.py", "data/module.py", "cli.py"),
     "lightning": ("callback.py", "task.py", "data/module.py", "cli.py"),
     "lightning_fabric": ("callback.py", "task.py", "data/module.py", "cli.py"),
@@ -226,7 +226,7 @@ def test_the_check_of_the_order_itself(file, source, refused):
         ("sinks/files.py", "def f():\n    import wandb", True),
         ("sinks/wandb.py", "from wandb import Table", False),
         ("methods/paths.py", "from captum.attr import IntegratedGradients", True),
-        ("methods/perturbation.py", "from captum.attr import Occlusion", False),
+        ("methods/perturbation/occlusion.py", "from captum.attr import Occlusion", False),
         ("faithfulness/deletion.py", "import captum", False),
         ("data/probes.py", "import pytorch_lightning as pl", True),
         ("examine.py", "__import__('lightning.pytorch')", True),

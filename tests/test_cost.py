@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from nets_for_tests import Counting, a_probe, layered
+from nets_for_tests import Metered, a_probe, layered
 
 from lightning_segxai.examine import Cost, cost
 from lightning_segxai.explain import explain
-from lightning_segxai.methods.cams import GradCAM, HiResCAM
+from lightning_segxai.methods.cams import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
+from lightning_segxai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
-from lightning_segxai.methods.layers import LayerActivation
-from lightning_segxai.methods.noise import SmoothGrad
-from lightning_segxai.methods.paths import IntegratedGradients
+from lightning_segxai.methods.guided import GuidedBackprop, GuidedGradCAM
+from lightning_segxai.methods.layer_integral import LayerIntegratedGradients
+from lightning_segxai.methods.layer_paths import (
+    InternalInfluence,
+    LayerConductance,
+    LayerGradientShap,
+)
+from lightning_segxai.methods.layers import LayerActivation, LayerGradientXActivation
+from lightning_segxai.methods.noise import SmoothGrad, SquareGrad, VarGrad
+from lightning_segxai.methods.paths import ExpectedGradients, IntegratedGradients
 from lightning_segxai.methods.perturbation import Occlusion
+from lightning_segxai.methods.relevance import (
+    LRP,
+    ContrastiveExcitationBackprop,
+    ExcitationBackprop,
+)
 from lightning_segxai.scored import Predictor
 from lightning_segxai.targets import ClassEvidence, ClassMargin
 
@@ -26,6 +41,53 @@ PATHS = {
     "same": IntegratedGradients(5, "zero", 5.0),
     "finer": IntegratedGradients(7, "zero"),
     "noise": IntegratedGradients(5, "noise"),
+}
+LAYERS = {
+    "cam-pp": GradCAMPlusPlus(),
+    "layercam": LayerCAM("body.0"),
+    "gxa": LayerGradientXActivation(),
+}
+LAYER_PATHS = {
+    "conductance": LayerConductance("body.3", 5, "zero"),
+    "influence": InternalInfluence("auto", 5, "zero"),
+    "layer-ig": LayerIntegratedGradients("auto", 4),
+    "coarse-layer-ig": LayerIntegratedGradients("body.0", 1, "noise"),
+}
+SCATTERED = {
+    "expected": ExpectedGradients(6, 3),
+    "layer-shap": LayerGradientShap("auto", 6, 3),
+    "noisy": ExpectedGradients(6, 3, 0.1),
+    "one": LayerGradientShap("body.0", 1, 1),
+}
+MOMENTS = {
+    "smooth": SmoothGrad(Saliency(absolute=False), 3),
+    "square": SquareGrad(samples=3),
+    "variance": VarGrad(samples=3),
+    "cam-pp": VarGrad(GradCAMPlusPlus(), 2),
+    "shap": SquareGrad(ExpectedGradients(3, 2), 2),
+    "conductance": SmoothGrad(LayerConductance(steps=2), 2),
+    "twice": VarGrad(SmoothGrad(HiResCAM(), 2), 3),
+}
+JOINT = {
+    "guided": GuidedBackprop(),
+    "guided-cam": GuidedGradCAM(),
+    "other-guided-cam": GuidedGradCAM("body.0"),
+    "contrast": ContrastiveExcitationBackprop(),
+    "excited": ExcitationBackprop("auto"),
+    "lrp": LRP(),
+}
+COMPARED = {
+    "lift": DeepLift(),
+    "layer-lift": LayerDeepLift(),
+    "shap": DeepLiftShap(3),
+    "zero": DeepLift("zero", norm="exact"),
+}
+NESTED = {
+    "noisy-guided-cam": SmoothGrad(GuidedGradCAM(), 2),
+    "noisy-contrast": VarGrad(ContrastiveExcitationBackprop(), 2),
+    "noisy-lift": SquareGrad(DeepLift(), 2),
+    "noisy-layer-ig": SmoothGrad(LayerIntegratedGradients(steps=3), 2),
+    "nested-joint": SmoothGrad(SquareGrad(GuidedGradCAM("body.0"), 3), 2),
 }
 CLOUDS = {
     "smooth": SmoothGrad(Saliency(), 3),
@@ -47,12 +109,34 @@ SETS = {
     "clouds": CLOUDS,
     "alone": ALONE,
     "everything": GRADIENTS | CAMS | PATHS | CLOUDS | ALONE,
+    "layers": LAYERS,
+    "layer paths": LAYER_PATHS,
+    "paths of layers and inputs": PATHS | LAYER_PATHS,
+    "scattered": SCATTERED,
+    "moments": MOMENTS,
+    "joint": JOINT,
+    "joint beside their parts": JOINT | {"cam": GradCAM(), "saliency": Saliency()},
+    "compared": COMPARED,
+    "nested": NESTED,
+    "frozen": {"ig": IntegratedGradients(3, norm="exact"), "lift": DeepLift()},
+    "all": {
+        f"{group}-{name}": method
+        for group, methods in enumerate(
+            (GRADIENTS, CAMS, PATHS, LAYERS, LAYER_PATHS, SCATTERED, MOMENTS, JOINT, COMPARED)
+        )
+        for name, method in methods.items()
+    },
+}
+EACH = {
+    f"{group}/{name}": method
+    for group in ("layers", "layer paths", "scattered", "moments", "joint", "compared", "nested")
+    for name, method in SETS[group].items()
 }
 
 
 def counted(targets, methods, window=None, shapes=((8, 8, 10),), **settings):
     """Batch items that a counting network sees, after a rehearsal."""
-    net = Counting(layered())
+    net = Metered(layered())
     # ``auto`` would find the counting network's parts; the names are those of the network inside
     predictor = Predictor(net, window, **settings)
     probes = [a_probe(shape, name=f"p{n}") for n, shape in enumerate(shapes)]
@@ -71,11 +155,16 @@ def counted(targets, methods, window=None, shapes=((8, 8, 10),), **settings):
 
 
 def inner(methods):
-    """The layers of the network inside the counting one."""
-    return {
-        name: GradCAM("net.body.0") if method == GradCAM("body.0") else method
-        for name, method in methods.items()
-    }
+    """The same methods on the layers of the network inside the counting one."""
+    return {name: _renamed(method) for name, method in methods.items()}
+
+
+def _renamed(method):
+    if hasattr(method, "inner"):
+        return replace(method, inner=_renamed(method.inner))
+    if method.layer in ("", "auto"):
+        return method
+    return replace(method, layer=f"net.{method.layer}")
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if name != "nothing"])
@@ -84,6 +173,14 @@ def inner(methods):
 def test_the_cost_is_what_is_counted(name, targets, window):
     """For every set of methods, one and two targets, whole and by windows."""
     announced, seen = counted(targets, inner(SETS[name]), window)
+    assert announced == seen
+
+
+@pytest.mark.parametrize("name", list(EACH))
+@pytest.mark.parametrize("window", [None, (8, 8, 8)], ids=["whole", "windows"])
+def test_the_cost_of_each_method_alone_is_what_is_counted(name, window):
+    """Nobody else pays for its prediction."""
+    announced, seen = counted(TWO, inner({"m": EACH[name]}), window)
     assert announced == seen
 
 
@@ -132,10 +229,47 @@ def test_the_costs_by_hand():
 
     assert of(saliency=Saliency()) == Cost(2 + 2, 2 * 2)  # the prediction, the look
     assert of(cam=GradCAM()) == Cost(2 + 2 + 2 * 2, 2 * 2)  # and activations, for each target
-    assert of(ig=IntegratedGradients(5)) == Cost(2 + 2 * 5 + 2, 2 * 5 * 2)
+    assert of(ig=IntegratedGradients(5)) == Cost(2 + 2 * (5 + 2), 2 * 5 * 2)  # and both ends
     cubes = 1 * 1 * 2  # of 8 voxels by steps of 4 along 12
     assert of(occlusion=Occlusion()) == Cost(2 + 2 * (cubes + 1) * 2, 0)
     assert of(saliency=Saliency()).passes == 8
+    assert of(pp=GradCAMPlusPlus()) == Cost(2 + 2 + 2 * 2 * 2, 2 * 2)  # sums and activations
+    assert of(shap=ExpectedGradients(5, 3)) == Cost(2 + 2 * (5 + 1 + 3), 2 * 5 * 2)
+    assert of(lig=LayerIntegratedGradients(steps=5)) == Cost(2 + 2 * (5 + 3) * 2, 2 * 5 * 2)
+    assert of(lift=DeepLift()) == Cost(2 + 2 * 2, 2 * 2 * 2)  # two rows for each look
+    assert of(both=GuidedGradCAM()) == Cost(2 + 2 + 2 + 2 * 2, 2 * (2 + 2))
+
+
+def test_a_path_starts_with_the_prediction():
+    """Whole, integrated gradients cost their steps and both ends, and nothing beside them."""
+    assert counted(ONE, {"ig": PATHS["ig"]}) == (Cost(7, 5), Cost(7, 5))
+    assert counted(ONE, {"shap": ExpectedGradients(5, 3)}) == (Cost(9, 5), Cost(9, 5))
+    here = {"ig": PATHS["ig"], "saliency": Saliency()}
+    assert counted(ONE, here) == (Cost(8, 6), Cost(8, 6))
+    assert counted(ONE, {"lift": DeepLift()}) == (Cost(3, 2), Cost(3, 2))  # a rule predicts nothing
+
+
+def test_the_layers_on_a_path_cost_nothing():
+    """Integrated gradients, conductance and influence walk it together, at any layers."""
+    methods = {
+        "ig": PATHS["ig"],
+        "a": LayerConductance("auto", 5, "zero"),
+        "b": LayerConductance("net.body.0", 5, "zero"),
+        "c": InternalInfluence("net.body.3", 5, "zero"),
+    }
+    assert counted(TWO, methods) == (Cost(7, 10), Cost(7, 10))
+    shaps = {"a": ExpectedGradients(6, 2), "b": LayerGradientShap("auto", 6, 2)}
+    assert counted(TWO, shaps) == (Cost(9, 12), Cost(9, 12))
+
+
+def test_a_joint_method_costs_nothing_beside_its_parts():
+    """Guided Grad-CAM is the product of two maps that are there."""
+    parts = {"guided": GuidedBackprop(), "cam": GradCAM()}
+    for window in (None, (8, 8, 8)):
+        announced, seen = counted(ONE, parts | {"both": GuidedGradCAM()}, window)
+        extra = 0 if window is None else 2  # by windows, each brings its own activations
+        plain = counted(ONE, parts, window)[1]
+        assert announced == seen == Cost(plain.forward + extra, plain.backward)
 
 
 def test_no_methods_cost_no_more_than_is_announced():
@@ -151,4 +285,4 @@ def test_the_number_of_points_does_not_change_the_bill_of_others():
     with_path = cost(
         Predictor(layered()), [a_probe()], ONE, GRADIENTS | {"ig": IntegratedGradients(9)}
     )
-    assert with_path.passes == alone + 2 * 9 + 1
+    assert with_path.passes == alone + 2 * 9 + 2  # both ends are looked at forward

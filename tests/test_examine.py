@@ -23,7 +23,7 @@ from nets_for_tests import (
 from lightning_segxai.examine import examine, measure, measure_shifts
 from lightning_segxai.explain import explain
 from lightning_segxai.focus import FocusMetric, ShiftMetric
-from lightning_segxai.methods.base import AttributionMethod, LookMethod
+from lightning_segxai.methods.base import AttributionMethod, Complete, JointMethod, LookMethod
 from lightning_segxai.methods.cams import GradCAM, HiResCAM
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
 from lightning_segxai.methods.noise import SmoothGrad
@@ -220,9 +220,9 @@ class Bad(LookMethod):
         return Unhashable() if self.where == "unhashable" else Here()
 
     @property
-    def reference(self):
-        if self.where == "reference":
-            raise LookupError("reference")
+    def rule(self):
+        if self.where == "rule":
+            raise LookupError("rule")
         return None
 
     def start(self, model, x):
@@ -240,6 +240,8 @@ class Bad(LookMethod):
             "numpy": state.numpy(),
             "nan": state * math.nan,
             "infinity": state + math.inf,
+            "complete shape": Complete(state[:2], 0.0),
+            "complete nan": Complete(state * math.nan, 0.0),
         }.get(self.where, state)
 
     def _fail(self, where):
@@ -256,8 +258,8 @@ class Unhashable(Trajectory):
     def count(self):
         return 1
 
-    def points(self, x, probe, generator):
-        yield from Here().points(x, probe, generator)
+    def groups(self, x, probe, generator):
+        yield from Here().groups(x, probe, generator)
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,24 @@ class BadAlone(AttributionMethod):
         ]
 
 
+@dataclass(frozen=True)
+class BadJoint(JointMethod):
+    """Fails in one of its own steps, or in one of its parts."""
+
+    where: str
+
+    @property
+    def parts(self):
+        if self.where == "parts":
+            raise LookupError("parts")
+        return Saliency(), Bad("update") if self.where == "one of two" else InputXGradient()
+
+    def join(self, model, x, maps):
+        if self.where == "join":
+            raise LookupError("join")
+        return maps[0][:2] if self.where == "shape" else maps[0]
+
+
 FAILING = [
     Bad("start"),
     Bad("update"),
@@ -282,10 +302,15 @@ FAILING = [
     Bad("layers"),
     Bad("trajectory"),
     Bad("unhashable"),
-    Bad("reference"),
+    Bad("rule"),
     Bad("shape"),
     Bad("nothing"),
     Bad("numpy"),
+    Bad("complete shape"),
+    BadJoint("parts"),
+    BadJoint("join"),
+    BadJoint("shape"),
+    BadJoint("one of two"),
     BadAlone("attribute"),
     BadAlone("shape"),
     BadAlone("nothing"),
@@ -330,7 +355,7 @@ def test_without_a_callback_a_failure_comes_out(bad):
         explain(Predictor(layered()), a_probe(), TARGETS, {"saliency": Saliency(), "bad": bad})
 
 
-@pytest.mark.parametrize("bad", [Bad("nan"), Bad("infinity"), BadAlone("nan")], ids=str)
+@pytest.mark.parametrize("bad", [Bad("nan"), Bad("infinity"), Bad("complete nan"), BadAlone("nan")], ids=str)
 def test_a_map_that_is_not_finite_is_no_map(bad):
     """Status ``nonfinite``; the reason tells whether the logits were."""
     told = []
@@ -374,7 +399,7 @@ def test_one_bad_target_does_not_take_others_with_it(window):
 
 
 def test_a_lack_of_memory_for_the_baseline_is_the_methods_own():
-    """The pass for the completeness axiom fails after all maps are made."""
+    """The look at the baseline fails the path that leads there, and no other method."""
     told = []
 
     class Forgetful(Hungry):
@@ -385,11 +410,12 @@ def test_a_lack_of_memory_for_the_baseline_is_the_methods_own():
 
     net = Forgetful(layered(), 99, torch.OutOfMemoryError("CUDA out of memory"))
     methods = {"saliency": Saliency(), "ig": IntegratedGradients(2, "zero")}
-    saliency, _ = explain(
+    saliency, path = explain(
         Predictor(net), a_probe(), {"t": ClassEvidence(1)}, methods,
         failed=lambda *what: told.append(what[:3]),
     )  # fmt: skip
-    assert saliency.status == "ok"
+    assert (saliency.status, path.status) == ("ok", "failed")
+    assert told == [("p", "t", "ig")]
 
 
 def test_a_network_that_cannot_be_differentiated_fails():

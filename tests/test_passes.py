@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
 from nets_for_tests import (
     Answers,
     Counting,
-    Halving,
     Hungry,
-    InPlace,
     Reused,
     a_probe,
     close,
@@ -28,83 +26,31 @@ from lightning_segxai.baselines import Baseline
 from lightning_segxai.examine import examine
 from lightning_segxai.explain import explain
 from lightning_segxai.methods.base import LookMethod
-from lightning_segxai.methods.cams import GradCAM, HiResCAM
+from lightning_segxai.methods.cams import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
+from lightning_segxai.methods.deeplift import DeepLift, LayerDeepLift
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
-from lightning_segxai.methods.layers import LayerActivation
-from lightning_segxai.methods.noise import SmoothGrad
-from lightning_segxai.methods.paths import IntegratedGradients
-from lightning_segxai.methods.perturbation import Occlusion
-from lightning_segxai.passes import (
-    Cloud,
-    Here,
-    Line,
-    Look,
-    project,
-    resolve_layer,
-    tapped,
-    to_window,
-    walk,
+from lightning_segxai.methods.guided import GuidedGradCAM
+from lightning_segxai.methods.layer_integral import LayerIntegratedGradients
+from lightning_segxai.methods.layer_paths import (
+    InternalInfluence,
+    LayerConductance,
+    LayerGradientShap,
 )
+from lightning_segxai.methods.layers import LayerActivation, LayerGradientXActivation
+from lightning_segxai.methods.noise import SmoothGrad, SquareGrad, VarGrad
+from lightning_segxai.methods.paths import ExpectedGradients, IntegratedGradients
+from lightning_segxai.methods.perturbation import Occlusion
+from lightning_segxai.methods.relevance import ContrastiveExcitationBackprop
+from lightning_segxai.passes import Look, walk
 from lightning_segxai.scored import Predictor, ScoredModel
 from lightning_segxai.targets import ClassEvidence, ClassMargin
+from lightning_segxai.trajectories import Cloud, Here, Line, Scatter
 from lightning_segxai.values import Probe
 
-X = torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-PROBE = a_probe((6, 5, 4), 2)
+ZERO = Baseline("zero")
 CPU_TEXT = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
 )
-
-
-def points(trajectory, seed=0):
-    return list(trajectory.points(X, PROBE, torch.Generator().manual_seed(seed)))
-
-
-def test_here_is_the_volume():
-    """One point of weight one."""
-    [point] = points(Here())
-    assert point.input is X
-    assert point.origin is X
-    assert point.weight == 1
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_a_line_is_gauss_legendre_quadrature(steps):
-    """Nodes on the straight line; the weights sum to one and integrate polynomials exactly."""
-    line = points(Line(steps, Baseline(0.25)))
-    assert len(line) == Line(steps, Baseline(0.25)).count == steps
-    assert sum(p.weight for p in line) == pytest.approx(1, abs=1e-14)
-    ts = [float(((p.input - 0.25) / (X - 0.25)).flatten()[0]) for p in line]
-    for p, t in zip(line, ts, strict=True):
-        assert torch.allclose(p.input, 0.25 + t * (X - 0.25), atol=1e-14)
-        assert torch.equal(p.baseline, torch.full_like(X, 0.25))
-        assert p.origin is X
-    for power in range(2 * steps):
-        integral = sum(p.weight * t**power for p, t in zip(line, ts, strict=True))
-        assert integral == pytest.approx(1 / (power + 1), abs=1e-12)
-
-
-def test_a_cloud_is_the_volume_with_noise_of_its_range():
-    """Copies of their own noise, each with the inner trajectory around it."""
-    cloud = Cloud(3, 0.2, Line(2, Baseline("zero")))
-    found = points(cloud)
-    assert len(found) == cloud.count == 6
-    generator = torch.Generator().manual_seed(0)
-    for n in range(3):
-        noise = torch.randn(X.shape, generator=generator, dtype=X.dtype)
-        copy = X + 0.2 * (X.max() - X.min()) * noise
-        for p in found[2 * n : 2 * n + 2]:
-            assert torch.equal(p.origin, copy)
-            assert not torch.equal(p.input, copy)
-
-
-def test_equal_trajectories_are_one():
-    """They are keys; methods on equal ones share their passes."""
-    assert len({Here(), Here()}) == 1
-    assert (
-        len({Line(4, Baseline("zero")), Line(4, Baseline("zero")), Line(5, Baseline("zero"))}) == 2
-    )
-    assert len({Cloud(2, 0.1, Here()), Cloud(2, 0.1, Here())}) == 1
 
 
 @dataclass(eq=False)
@@ -122,23 +68,150 @@ def walked(predictor, probe, trajectory, layers=(), target=None):
     logits = predictor.predict(probe.image)
     model = ScoredModel.aim(predictor, probe, target or ClassEvidence(1), logits)
     fold = Keep(model)
-    walk(predictor, probe, probe.image, trajectory, layers, lambda _: [fold], model.generator())
+    walk(
+        predictor, probe, probe.image, trajectory, None, layers, lambda _: [fold], model.generator()
+    )
     return fold
 
 
 @pytest.mark.parametrize("looks_per_pass", [1, 2, 3, "auto"])
-def test_looks_come_window_by_window_and_point_by_point(looks_per_pass):
-    """In order, whatever the batch; the last window of a point completes it."""
+@pytest.mark.parametrize(
+    "trajectory",
+    [Here(), Line(3, ZERO), Scatter(4, (ZERO, Baseline(0.5))), Cloud(2, 0.1, Line(2, ZERO))],
+    ids=str,
+)
+def test_looks_come_group_by_group_window_by_window_and_point_by_point(trajectory, looks_per_pass):
+    """In this order, whatever the batch; the last point in the last window completes a group."""
     probe = a_probe((12, 8, 9))
     predictor = Predictor(layered(), (8, 8, 8), looks_per_pass=looks_per_pass)
     places = predictor.windows(probe.shape).places
-    looks = walked(predictor, probe, Line(3, Baseline("zero")), ("act",)).looks
+    fold = walked(predictor, probe, trajectory, ("act",))
+    generator = fold.model.generator()
+    expected = [
+        (point, place, n == len(group) - 1 and place == places[-1])
+        for group in trajectory.groups(probe.image, probe, generator)
+        for place in places
+        for n, point in enumerate(group)
+    ]
 
-    assert [look.place for look in looks] == list(places) * 3
-    assert [look.complete for look in looks] == [place == places[-1] for place in places] * 3
-    assert not any(look.whole for look in looks)
-    assert all(look.padded == (8, 8, 8) for look in looks)
-    assert len({id(look.point) for look in looks}) == 3
+    for look, (point, place, complete) in zip(fold.looks, expected, strict=True):
+        assert look.place == place
+        assert torch.equal(look.point.input, point.input)
+        assert (look.point.along, look.point.weight) == (point.along, point.weight)
+        assert look.complete is complete
+        assert look.padded == (8, 8, 8)
+        assert not look.whole
+    assert sum(look.complete for look in fold.looks) == trajectory.copies
+    assert len({id(look.point) for look in fold.looks}) * len(places) == len(expected)
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 8)])
+def test_points_that_are_only_looked_at_forward(window):
+    """Score and activation are theirs, weight and gradients zero."""
+    probe = a_probe((12, 8, 8))
+    net = layered()
+    fold = walked(Predictor(net, window), probe, Line(2, Baseline(0.5)), ("act",))
+    ends = [look for look in fold.looks if look.point.along in (0, 1)]
+    places = fold.model.windows.places
+    assert len(ends) == 2 * len(places)
+    for look in ends:
+        assert look.point.weight == 0
+        assert look.gradient.shape == look.point.input[look.at].shape
+        assert not look.gradient.any()
+        shown = look.layers["act"]
+        assert shown.gradient.shape == shown.activation.shape
+        assert not shown.gradient.any()
+        assert not shown.activation.requires_grad
+        piece = pieces(net, look.point.input, window)[places.index(look.place)]
+        close(shown.activation, piece[-1][0].detach())
+    for look in fold.looks:
+        assert (look.point.weight > 0) is bool(look.gradient.any())
+        assert (look.point.weight > 0) is bool(look.layers["act"].gradient.any())
+        assert look.partner_score == 0
+        assert look.layers["act"].baseline is None
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 8)])
+@pytest.mark.parametrize("trajectory", [Line(2, ZERO), Scatter(3, (ZERO, Baseline(0.5)))], ids=str)
+def test_scores_of_windows_add_up_to_the_volumes(window, trajectory):
+    """Of every point, the ones that are only looked at forward too."""
+    probe = a_probe((12, 8, 8))
+    fold = walked(Predictor(layered(), window), probe, trajectory)
+    points = {id(look.point): look.point for look in fold.looks}
+    for name, point in points.items():
+        total = sum(look.score for look in fold.looks if id(look.point) == name)
+        with torch.no_grad():
+            assert total == pytest.approx(float(fold.model(point.input[None])), rel=1e-12)
+
+
+class Diary(nn.Module):
+    """Notes for every batch its size, and whether a graph is made of it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.notes = []
+
+    def forward(self, x):
+        self.notes.append((len(x), torch.is_grad_enabled() and x.requires_grad))
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("looks_per_pass", "expected"),
+    [
+        (8, [(1, False), (3, True), (2, False), (3, True), (1, False)]),
+        (2, [(1, False), (2, True), (1, True), (2, False), (2, True), (1, True), (1, False)]),
+    ],
+)
+def test_a_batch_never_mixes_points_with_and_without_a_gradient(looks_per_pass, expected):
+    """Three steps in two windows; the end of one window goes with the start of the next."""
+    net = Diary(layered())
+    predictor = Predictor(net, (8, 8, 8), looks_per_pass=looks_per_pass)
+    probe = a_probe((8, 8, 12))
+    model = ScoredModel(predictor, probe, torch.ones(2, 8, 8, 12, dtype=torch.float64))
+    predictor.rehearse(probe.image[..., :8])
+    net.notes.clear()
+    walk(
+        predictor, probe, probe.image, Line(3, ZERO), None, (), lambda _: [Keep(model)],
+        model.generator(),
+    )  # fmt: skip
+    assert net.notes == expected
+
+
+def test_without_folds_a_walk_ends():
+    """Where no target has a region there is nothing to look for."""
+    net = Diary(layered())
+    predictor = Predictor(net, (8, 8, 8), looks_per_pass=1)
+    probe = a_probe((8, 8, 12))
+    seen = []
+
+    def aim(logits):
+        seen.append(logits)
+        return []
+
+    walk(
+        predictor, probe, probe.image, Line(3, ZERO), None, (), aim, torch.Generator()
+    )  # fmt: skip
+    assert len(net.notes) == 2  # the rehearsal, and the look that was aimed by
+    assert [logits.shape for logits in seen] == [(2, 8, 8, 8)]
+    assert predictor.passes.backward == 0
+
+
+def test_the_first_look_of_a_line_is_the_prediction():
+    """To the last bit, so that the target is aimed at the same."""
+    probe = a_probe()
+    predictor = Predictor(layered())
+    for trajectory in (Here(), Line(4, ZERO), Scatter(4, (ZERO,), 0.2)):
+        given = []
+        model = ScoredModel(predictor, probe, torch.ones(2, 8, 8, 8, dtype=torch.float64))
+        walk(
+            predictor, probe, probe.image, trajectory, None, (),
+            lambda logits, given=given, model=model: given.append(logits) or [Keep(model)],
+            model.generator(),
+        )  # fmt: skip
+        [logits] = given
+        assert torch.equal(logits, predictor.predict(probe.image))
 
 
 def test_a_look_shows_activation_and_gradient_of_the_windows_share():
@@ -178,53 +251,6 @@ def test_a_layer_that_the_score_does_not_need_has_no_gradient():
     assert look.layers["side"].activation.any()
 
 
-def test_a_tap_survives_an_inplace_activation():
-    """The tapped layer's output is what it was before it was overwritten, and so is the map."""
-    methods = {
-        "act": LayerActivation("conv"),
-        "hires": HiResCAM("conv", relu=False),
-        "cam": GradCAM("conv", relu=False),
-        "behind": HiResCAM("act", relu=False),
-        "saliency": Saliency(),
-    }
-    probe = a_probe()
-
-    def maps(inplace):
-        predictor = Predictor(seeded(InPlace(inplace)))
-        return [a.values for a in explain(predictor, probe, {"t": ClassEvidence(1)}, methods)]
-
-    for changed, plain in zip(maps(True), maps(False), strict=True):
-        assert torch.equal(changed, plain)
-        assert changed.any()
-    net = seeded(InPlace(True))
-    with tapped(net, {"conv"}) as taps, torch.no_grad():
-        net(probe.image[None])
-        assert bool((taps["conv"] < 0).any())
-
-
-def test_a_tap_does_not_change_the_network():
-    """Neither while it is there nor afterwards, and other people's hooks stay."""
-    net = seeded(InPlace(True))
-    seen = []
-    net.conv.register_forward_hook(lambda *_: seen.append(1))
-    x = a_probe().image[None]
-    with torch.no_grad():
-        plain = net(x)
-        with tapped(net, {"conv", "act"}):
-            assert torch.equal(net(x), plain)
-        assert torch.equal(net(x), plain)
-    assert len(seen) == 3
-    assert [len(m._forward_hooks) for m in (net.conv, net.act, net.head)] == [1, 0, 0]
-
-
-def test_taps_are_removed_after_an_error():
-    """No hook of ours survives."""
-    net = seeded(InPlace(True))
-    with pytest.raises(RuntimeError, match="mine"), tapped(net, {"conv"}):
-        raise RuntimeError("mine")
-    assert not net.conv._forward_hooks
-
-
 def test_a_reused_layer_keeps_its_last_call():
     """For the map and for the rehearsal alike."""
     net = seeded(Reused())
@@ -237,82 +263,37 @@ def test_a_reused_layer_keeps_its_last_call():
     close(look.layers["conv"].gradient[0], weights)
 
 
-def rehearsed(net, shape=(8, 8, 8)):
-    predictor = Predictor(net)
-    return predictor, predictor.rehearse(torch.randn(1, *shape, dtype=torch.float64))
-
-
-def test_auto_is_the_last_of_the_smallest_layers():
-    """In execution order; smaller than four voxels along an axis does not count."""
-    assert resolve_layer(*rehearsed(layered()), "auto") == "act"
-    assert resolve_layer(*rehearsed(seeded(Halving(8))), "auto") == "pool"
-    # 6 / 2 = 3 voxels along an axis are too few, so it is the last layer of full size
-    assert resolve_layer(*rehearsed(seeded(Halving(2)), (8, 8, 6)), "auto") == "head"
-    assert resolve_layer(*rehearsed(linear_net()), "auto") == "1"
-
-
-def test_auto_finds_nothing_in_a_small_window():
-    """The error says the window and what to do."""
-    with pytest.raises(ValueError, match=r"at least 4 x 4 x 4.*\(3, 8, 8\). Name a layer"):
-        resolve_layer(*rehearsed(linear_net(), (3, 8, 8)), "auto")
-
-
-def test_a_wrong_layer_lists_close_ones():
-    """The network and the layers that were probably meant."""
-    with pytest.raises(ValueError, match=r'`layer="bodi.3"`: no such layer in `Layered`.*body\.3'):
-        resolve_layer(*rehearsed(layered()), "bodi.3")
-    with pytest.raises(ValueError, match=r"close to it: body\.0"):
-        resolve_layer(*rehearsed(layered()), "§§§")
-
-
-def test_a_layer_that_gives_no_volume_is_refused():
-    """With its shape."""
-    with pytest.raises(
-        ValueError, match=r'`layer="flat"` of `Halving` gives .*\(1, 2\), but a vol'
-    ):
-        resolve_layer(*rehearsed(seeded(Halving(8))), "flat")
-
-
-def test_a_named_layer_is_itself():
-    """Nested paths too."""
-    assert resolve_layer(*rehearsed(layered()), "body.3") == "body.3"
-
-
-def test_a_layers_map_on_the_grid_of_its_window():
-    """Trilinear to the padded window, cropped to the place."""
-    values = torch.arange(8.0, dtype=torch.float64).reshape(2, 2, 2)
-    place = (slice(3, 6), slice(0, 4), slice(1, 3))
-    found = to_window(values, (4, 4, 4), place)
-    oracle = nn.functional.interpolate(values[None, None], (4, 4, 4), mode="trilinear")[0, 0]
-    assert torch.equal(found, oracle[:3, :4, :2])
-    assert torch.equal(to_window(oracle, (4, 4, 4), place), oracle[:3, :4, :2])
-
-
-def test_projected_channels_blend_as_logits_do():
-    """Weighted channels of each window, on its grid, times its share."""
-    probe = a_probe((12, 8, 7))
-    net = layered()
-    predictor = Predictor(net, (8, 8, 8))
-    model = ScoredModel(predictor, probe, torch.zeros(2, 12, 8, 7))
-    weights = torch.tensor([1.0, -2, 3, 0.5], dtype=torch.float64)
-    plain = torch.zeros(12, 8, 7, dtype=torch.float64)
-    places = predictor.windows(probe.shape).places
-    for place, (share, _, deep) in zip(places, pieces(net, probe.image, (8, 8, 8)), strict=True):
-        channels = (deep[0].detach() * weights[:, None, None, None]).sum(0)
-        plain[place] += to_window(channels, (8, 8, 8), place) * share[place]
-    close(project(model, probe.image, "act", weights), plain)
-
-
 METHODS = {
     "saliency": Saliency(),
     "ixg": InputXGradient(),
     "ig": IntegratedGradients(steps=5, baseline="zero"),
+    "expected": ExpectedGradients(5, 2),
     "noise": SmoothGrad(samples=3),
+    "square": SquareGrad(samples=3),
+    "variance": VarGrad(HiResCAM(), samples=3),
+    "noisy-path": SmoothGrad(ExpectedGradients(3, 2, 0.1), 2),
+    "noisy-layer": SquareGrad(LayerConductance(steps=2), 2),
     "cam": GradCAM(),
+    "cam-pp": GradCAMPlusPlus(),
+    "noisy-cam-pp": VarGrad(GradCAMPlusPlus(), 2),
+    "layercam": LayerCAM(),
     "activation": LayerActivation("body.3"),
     "hires": HiResCAM(),
+    "gxa": LayerGradientXActivation(),
+    "conductance": LayerConductance(steps=5, baseline="zero"),
+    "influence": InternalInfluence(steps=5, baseline="zero"),
+    "layer-shap": LayerGradientShap(samples=5, baselines=2),
+    "guided-cam": GuidedGradCAM(),
+    "contrast": ContrastiveExcitationBackprop(),
 }
-ALONE = {"occlusion": Occlusion(4, 4, "zero"), "noisy occlusion": SmoothGrad(Occlusion(4, 4), 2)}
+COMPARED = {"lift": DeepLift(), "layer-lift": LayerDeepLift()}  # a look takes two rows
+ALONE = {
+    "occlusion": Occlusion(4, 4, "zero"),
+    "noisy-occlusion": SmoothGrad(Occlusion(4, 4), 2),
+    "layer-ig": LayerIntegratedGradients(steps=5),
+    "noisy-layer-ig": SmoothGrad(LayerIntegratedGradients(steps=4), 2),
+    "noisy-joint": SmoothGrad(GuidedGradCAM(), 2),
+}
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError(CPU_TEXT)]
 TARGETS = {"vessel": ClassEvidence(1), "margin": ClassMargin(0, 1)}
 
@@ -333,8 +314,25 @@ def test_a_lack_of_memory_halves_the_batch(error, backward, room):
     """Maps are those of one look at a time; nothing is counted twice or lost."""
     net = Hungry(layered(), room, error, backward)
     plain = Predictor(layered(), looks_per_pass=1)
-    equal_maps(Predictor(net, looks_per_pass=8), plain, a_probe(), renamed(METHODS))
+    methods = METHODS if room == 1 else METHODS | COMPARED
+    equal_maps(Predictor(net, looks_per_pass=8), plain, a_probe(), renamed(methods))
     assert net.refused > 0
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_volume_and_its_baseline_are_halved_together(backward):
+    """Two rows are the least that a comparison takes; of one it is the method's own failure."""
+    plain = Predictor(layered(), (8, 8, 8), looks_per_pass=1)
+    probe = a_probe((8, 12, 12))
+    net = Hungry(layered(), 2, ERRORS[0], backward)
+    equal_maps(Predictor(net, (8, 8, 8)), plain, probe, COMPARED)
+    assert net.refused > 0
+    lift, saliency = explain(
+        Predictor(Hungry(layered(), 1, ERRORS[0], backward), (8, 8, 8)), probe,
+        {"vessel": ClassEvidence(1)}, {"lift": DeepLift(), "saliency": Saliency()},
+        failed=lambda *_: None,
+    )  # fmt: skip
+    assert (lift.status, saliency.status) == ("failed", "ok")
 
 
 def renamed(methods):
@@ -349,18 +347,26 @@ def renamed(methods):
 @pytest.mark.parametrize("methods", [renamed(METHODS), ALONE], ids=["looks", "alone"])
 def test_a_lack_of_memory_halves_the_batch_of_windows(error, methods):
     """In every pass: the prediction, the looks, the projection and the cubes of an occlusion."""
-    methods = {name.replace(" ", "-"): m for name, m in methods.items()}
     net = Hungry(layered(), 1, error)
     plain = Predictor(layered(), (8, 8, 8), looks_per_pass=1)
     equal_maps(Predictor(net, (8, 8, 8)), plain, a_probe((12, 8, 9)), methods)
     assert net.refused > 0
 
 
-def test_a_lack_of_memory_halves_the_batch_of_cubes():
-    """Occlusion of a whole volume hides several cubes at once."""
-    net = Hungry(layered(), 1, ERRORS[0])
+@pytest.mark.parametrize("room", [1, 3])
+@pytest.mark.parametrize("name", ["occlusion", "noisy-occlusion", "layer-ig", "noisy-layer-ig"])
+def test_a_lack_of_memory_halves_the_batch_of_what_walks_alone(name, room, monkeypatch):
+    """Of a whole volume: several cubes are hidden at once, or several points of a layer's path."""
+    refused, refuse = [], Hungry._refuse
+
+    def noted(net):
+        refused.append(name)  # the guard around a stranger's method restores the network's count
+        refuse(net)
+
+    monkeypatch.setattr(Hungry, "_refuse", noted)
     plain = Predictor(layered(), looks_per_pass=1)
-    equal_maps(Predictor(net), plain, a_probe(), {"occlusion": ALONE["occlusion"]})
+    equal_maps(Predictor(Hungry(layered(), room, ERRORS[0])), plain, a_probe(), {name: ALONE[name]})
+    assert refused
 
 
 @pytest.mark.parametrize("window", [None, (8, 8, 8)])
@@ -415,6 +421,7 @@ def test_a_look_is_never_folded_twice():
             probe,
             probe.image,
             Here(),
+            None,
             (),
             lambda _: [keep, greedy],
             model.generator(),
@@ -460,11 +467,11 @@ def test_looks_stream():
 
     @dataclass(eq=False)
     class Watch(Keep):
-        def see(self, look):
-            import weakref
+        most: int = 0
 
+        def see(self, look):
             alive.append(weakref.ref(look.gradient))
-            self.most = max(getattr(self, "most", 0), sum(r() is not None for r in alive))
+            self.most = max(self.most, sum(r() is not None for r in alive))
 
     probe = a_probe()
     predictor = Predictor(linear_net(), looks_per_pass=2)
@@ -474,14 +481,52 @@ def test_looks_stream():
         predictor,
         probe,
         probe.image,
-        Line(20, Baseline("zero")),
+        Line(20, ZERO),
+        None,
         (),
         lambda _: [fold],
         model.generator(),
     )
-    assert len(alive) == 20
-    assert fold.most <= 4
-    assert np.isfinite(fold.most)
+    assert len(alive) == 22
+    assert 1 <= fold.most <= 4
+
+
+@pytest.mark.parametrize("name", list(METHODS | COMPARED))
+def test_what_a_method_keeps_does_not_grow_with_the_windows(name):
+    """Of the layers and gradients that looks show, no more stay alive by many than by few."""
+
+    def kept(shape, method):
+        predictor = Predictor(layered(), (8, 8, 8), overlap=0.75, looks_per_pass=1)
+        probe = a_probe(shape)
+        model = walked(predictor, probe, Here()).model
+        alive, most = [], 0
+
+        @dataclass(eq=False)
+        class Watch:
+            model: ScoredModel
+            method: LookMethod
+            state: object
+
+            def see(self, look):
+                nonlocal most
+                shown = [look.gradient, *(s.activation for s in look.layers.values())]
+                alive.extend(weakref.ref(t) for t in shown)
+                self.method.update(self.state, look)
+                del look, shown
+                most = max(most, sum(ref() is not None for ref in alive))
+
+        for part in method.parts:
+            fold = Watch(model, part, part.start(model, probe.image))
+            walk(
+                predictor, probe, probe.image, part.trajectory, part.rule, part.layers,
+                lambda _, fold=fold: [fold], model.generator(),
+            )  # fmt: skip
+            part.finish(model, probe.image, fold.state)
+        return most
+
+    method = (METHODS | COMPARED)[name]
+    few, many = kept((8, 8, 10), method), kept((8, 10, 14), method)
+    assert 0 < many <= few
 
 
 class Trampling(torch.nn.Module):

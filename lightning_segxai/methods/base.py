@@ -81,6 +81,17 @@ class AttributionMethod(ABC):
         """
         return Passes()
 
+    def passes_alone(self, shape: Shape, windows: int) -> Passes:
+        """Windows that `attribute` sends through: those of its own, and the looks of its parts."""
+        own = self.extra_passes(shape, windows)
+        passes = Passes(own.forward, own.backward)
+        for part in self.parts:
+            if part.trajectory is not None:
+                rows = windows * (2 if part.rule is not None and part.rule.partner else 1)
+                passes.forward += rows * (part.trajectory.count + part.trajectory.ends)
+                passes.backward += rows * part.trajectory.count
+        return passes
+
 
 class LookMethod(AttributionMethod):
     """A method that folds looks, and so shares its passes with all others on its trajectory.
@@ -123,6 +134,10 @@ class LookMethod(AttributionMethod):
 
     def attribute(self, model: ScoredModel, x: Volume) -> Map | Complete:
         """The map of ``x``, by passes of its own."""
+        return self.finish(model, x, self.looked(model, x))
+
+    def looked(self, model: ScoredModel, x: Volume) -> Any:
+        """The state after a walk of its own."""
         assert self.trajectory is not None
         fold = MapInMaking(self, model, self.start(model, x))
 
@@ -139,7 +154,7 @@ class LookMethod(AttributionMethod):
             aim,
             model.generator(),
         )
-        return self.finish(model, x, fold.state)
+        return fold.state
 
 
 class JointMethod(AttributionMethod):

@@ -116,7 +116,7 @@ class GradCAMPlusPlus(ChannelMethod):
         if len(model.predictor.windows(x.shape[1:]).places) == 1:
             return Channels()
         found = activations(model.predictor, x, self.layer)
-        return Channels(sums=sum(a.sum(dim=(1, 2, 3)) for _, a, _ in found))
+        return Channels(sums=torch.stack([a.sum(dim=(1, 2, 3)) for _, a, _ in found]).sum(dim=0))
 
     def update(self, state: Channels, look: Look) -> None:
         """Pool the positive gradient, voxel by voxel."""

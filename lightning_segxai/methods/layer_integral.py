@@ -82,8 +82,8 @@ class LayerIntegratedGradients(AttributionMethod):
             calls = tap.calls[name]
             return taps[name].detach()
 
-        answers = [a for _, found in in_pieces([x[at], base[at]], 2, answer) for a in found]
-        here, there = answers
+        size = min(2, predictor.batch(place))
+        here, there = (a for _, found in in_pieces([x[at], base[at]], size, answer) for a in found)
 
         def look(batch: list[float]) -> tuple[Tensor, Tensor]:
             inner = torch.stack([torch.lerp(there, here, t) for t in batch])
@@ -91,10 +91,11 @@ class LayerIntegratedGradients(AttributionMethod):
             with _replaced(predictor.module.get_submodule(name), inner, calls):
                 logits = predictor.window_logits(x[at].expand(len(batch), *x[at].shape))
             score = (weights * logits).sum()
-            if not inner.requires_grad:
-                return score, score
-            [gradient] = torch.autograd.grad(score, inner)
-            return score.detach(), gradient
+            if not (inner.requires_grad and score.requires_grad):
+                return score.detach(), torch.zeros_like(inner)
+            [gradient] = torch.autograd.grad(score, inner, allow_unused=True)
+            # None of a layer that the score does not need
+            return score.detach(), torch.zeros_like(inner) if gradient is None else gradient
 
         with torch.no_grad():
             [(_, (start, _))] = in_pieces([0.0], 1, look)

@@ -100,8 +100,9 @@ class _OverCopies(LookMethod):
         return self.finish(model, x, state)
 
     def extra_passes(self, shape: Shape, windows: int) -> Passes:
-        """The inner method's, for each copy."""
-        inner = self.inner.extra_passes(shape, windows)
+        """The inner method's, for each copy; its looks too, where they are not its own."""
+        walks = self.trajectory is not None
+        inner = (self.inner.extra_passes if walks else self.inner.passes_alone)(shape, windows)
         return Passes(self.samples * inner.forward, self.samples * inner.backward)
 
 

@@ -14,7 +14,7 @@ from lightning_segxai.passes import Look
 from lightning_segxai.rules.relevance import Relevance
 from lightning_segxai.scored import ScoredModel
 from lightning_segxai.taps import spread
-from lightning_segxai.values import Map, Volume
+from lightning_segxai.values import Map, UnsupportedError, Volume
 
 Convolutions = Literal["z+", "epsilon"]
 First = Literal["w2", "zb", "same"]
@@ -78,25 +78,43 @@ class LRP(GradientMethod):
         return Complete(state.sum(dim=0), 0.0)
 
 
+@dataclass(eq=False)
+class _Arrivals:
+    """The map so far, and whether anything came past the layer."""
+
+    values: Tensor
+    passed_by: bool = False
+
+
 class _Excitation(LookMethod):
     """Excitation backprop, to the input or to a layer."""
 
-    def start(self, model: ScoredModel, x: Volume) -> Tensor:
+    def start(self, model: ScoredModel, x: Volume) -> _Arrivals:
         """A map of zeros."""
-        return x.new_zeros(x.shape[1:])
+        return _Arrivals(x.new_zeros(x.shape[1:]))
 
-    def update(self, state: Tensor, look: Look) -> None:
+    def update(self, state: _Arrivals, look: Look) -> None:
         """Gather the probability: at a layer it is activation times gradient."""
         if not self.layer:
-            state[look.place] += look.gradient.sum(dim=0)
+            state.values[look.place] += look.gradient.sum(dim=0)
             return
         shown = look.layers[self.layer]
-        product = (shown.activation * shown.gradient).sum(dim=0).to(state.dtype)
-        state[look.place] += spread(product, look.padded, look.place)
+        product = (shown.activation * shown.gradient).sum(dim=0).to(state.values.dtype)
+        state.values[look.place] += spread(product, look.padded, look.place)
+        state.passed_by |= bool(look.gradient.any())
 
-    def finish(self, model: ScoredModel, x: Volume, state: Tensor) -> Map:
-        """The map as it was gathered."""
-        return state
+    def finish(self, model: ScoredModel, x: Volume, state: _Arrivals) -> Map:
+        """The map as it was gathered.
+
+        Raises:
+            UnsupportedError: where all that arrives at the input went round the layer.
+        """
+        if state.passed_by and not bool(state.values.any()):
+            raise UnsupportedError(
+                f"`{self}`: nothing goes through this layer on its way to the input. A convolution "
+                "is merged with the norm behind it; name the norm, or the activation behind it."
+            )
+        return state.values
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,8 @@ class ExcitationBackprop(_Excitation):
         layer: Dotted path of the layer to stop at, or ``auto``; empty for the input.
 
     Raises:
-        UnsupportedError: for a network without convolutions, or one that cannot be seen into.
+        UnsupportedError: for a network without convolutions, or one that cannot be seen into; for a
+            convolution with a norm behind it as layer, as the two are one.
 
     References:
         Zhang et al., "Top-down neural attention by excitation backprop", 2016, arXiv:1608.00507.

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_segxai.rules.interception import (
     RECTIFIERS,
@@ -113,7 +115,7 @@ class _Rescaling(_Freezing):
     def __init__(self, rule: Rescaled) -> None:
         super().__init__(rule, of_partner=False)
         pools = {
-            f"{kind}max_pool{axes}d": self._pool(axes)
+            f"{kind}max_pool{axes}d": self._pool(f"{kind}max_pool{axes}d", axes)
             for kind in ("", "adaptive_")
             for axes in (1, 2, 3)
         }
@@ -142,16 +144,17 @@ class _Rescaling(_Freezing):
         if not _varies(x):
             return y
         self.met += 1
-        with torch.enable_grad():
-            at = _halves(x)[0].requires_grad_()
+        # hooks of its own: those of a checkpoint around it would run the part forward once more
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
+            at = x.detach().chunk(2)[0].requires_grad_()
             [derivative] = torch.autograd.grad(plain(at, *args, **kwargs).sum(), at)
         slope = _slope(_difference(y), _difference(x), _size(x), derivative)
         return through(y, x * _twice(slope).to(x.dtype))
 
-    def _pool(self, axes: int) -> Callable[..., Any]:
+    def _pool(self, name: str, axes: int) -> Callable[..., Any]:
         def pool(plain: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            asked = kwargs.pop("return_indices", False)
-            y, won = plain(x, *args, return_indices=True, **kwargs)
+            asked = getattr(plain, "__name__", "").endswith("_with_indices")
+            y, won = getattr(F, name)(x, *args, **{**kwargs, "return_indices": True})
             if not _varies(x):
                 return (y, won) if asked else y
             self.met += 1
@@ -256,6 +259,10 @@ class _Rescaling(_Freezing):
         if norm.scale is not None:
             path = path * norm.scale
         return through(plain(x, *args, **kwargs), path)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _varies(x: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionMeta
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_segxai.values import UnsupportedError, Volume
@@ -91,6 +92,7 @@ class Interception(TorchFunctionMode):
         self.rule = rule
         self.met = 0
         self.handlers: Mapping[str, Callable[..., Any]] = {}
+        self.parameters: set[nn.Parameter] = set()
 
     @contextmanager
     def watching(self, given: Tensor) -> Iterator[None]:
@@ -100,23 +102,55 @@ class Interception(TorchFunctionMode):
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
-        """While it runs backward, for checkpointed parts that run forward once more."""
-        with self, torch.enable_grad():
-            yield
+        """While it runs backward, for checkpointed parts that run forward once more.
+
+        The parameters that it met are constants, as they were forward.
+        """
+        trained = [p for p in self.parameters if p.requires_grad]
+        try:
+            for p in trained:
+                p.requires_grad_(False)
+            with self, torch.enable_grad():
+                yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            return self._backward(*args, **kwargs)
+        self.parameters.update(a for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter))
         name, in_place = named(func)
         handler = self.handlers.get(name)
         if handler is None:
             return self.other(func, args, kwargs)
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         plain, in_place = out_of_place(func, name, in_place, args, kwargs)
         if not in_place:
             return handler(plain, *args, **kwargs)
         # what others hold of an overwritten tensor must change as well
         return args[0].copy_(handler(plain, self.fresh(args[0]), *args[1:], **kwargs))
+
+    def _backward(
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        grad_outputs: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """A backward pass that checkpointed parts run forward in under this very mode.
+
+        `torch.autograd.grad` leaves the mode where it is given tensors, but not for their edges.
+        """
+        if grad_outputs is None:
+            grad_outputs = [torch.ones_like(output) for output in outputs]
+        edges = [[get_gradient_edge(t) for t in tensors] for tensors in (outputs, inputs)]
+        with self:
+            return torch.autograd.grad(*edges, grad_outputs, **kwargs)
 
     def fresh(self, x: Tensor) -> Tensor:
         """A tensor as it is before it is written into."""
@@ -153,8 +187,12 @@ _ALIASES = {
     "divide": "div",
     "true_divide": "div",
     "bmm": "matmul",
+    "mm": "matmul",
+    "log_sigmoid": "logsigmoid",
+    "_threshold": "threshold",
     "subtract": "sub",
     "convolution": "conv3d",
+    **{f"{name}_with_indices": name for name in _POOLS},
 }
 
 
@@ -189,7 +227,7 @@ class _Writeless:
 
 @cache
 def _parameters(func: Function) -> tuple[str, ...]:
-    return tuple(inspect.signature(func).parameters)
+    return tuple(inspect.signature(func, follow_wrapped=False).parameters)
 
 
 class _Through(torch.autograd.Function):
@@ -211,7 +249,11 @@ def through(value: Tensor, path: Tensor) -> Tensor:
 
 
 def stabilized(values: Tensor, epsilon: float) -> Tensor:
-    """A denominator kept away from zero: ``z + epsilon sign(z)``, with ``sign(0) = 1``."""
+    """A denominator kept away from zero: ``z + epsilon sign(z)``, with ``sign(0) = 1``.
+
+    Half precision has no such small numbers; its smallest normal one takes their place.
+    """
+    epsilon = max(epsilon, torch.finfo(values.dtype).tiny)
     return values + epsilon * torch.where(values < 0, -1.0, 1.0).to(values.dtype)
 
 
@@ -222,11 +264,6 @@ def refuse_unseen(logits: Tensor, module: nn.Module, mode: Interception) -> None
         UnsupportedError: where it met no function to change, or a custom autograd function.
     """
     network = type(module).__name__
-    if mode.met == 0:
-        raise UnsupportedError(
-            f"`{mode.rule}` found no {mode.rule.changes} in `{network}`, so its map would be that "
-            f"of the plain gradient. Use {mode.rule.instead}."
-        )
     waiting, seen = [logits.grad_fn], set()
     while waiting:
         node = waiting.pop()
@@ -249,6 +286,11 @@ def refuse_unseen(logits: Tensor, module: nn.Module, mode: Interception) -> None
                 f"`{custom.__name__}` of `{network}`. Use its plain form in the network, or "
                 f"{mode.rule.instead}."
             )
+    if mode.met == 0:
+        raise UnsupportedError(
+            f"`{mode.rule}` found no {mode.rule.changes} in `{network}`, so its map would be that "
+            f"of the plain gradient. Use {mode.rule.instead}."
+        )
 
 
 class counted(TorchFunctionMode):  # noqa: N801 - a context manager reads like a verb

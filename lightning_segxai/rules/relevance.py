@@ -9,6 +9,7 @@ where the input is zero.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -27,7 +28,7 @@ from lightning_segxai.rules.interception import (
     stabilized,
     through,
 )
-from lightning_segxai.rules.statistics import NORMS, Normalization, batch_constants
+from lightning_segxai.rules.statistics import NORMS, Normalization, running_constants
 from lightning_segxai.values import UnsupportedError, Volume
 
 _TINY = 1e-12
@@ -87,6 +88,19 @@ class _Weighing:
     negative: Tensor
     absorbs: Literal["square", "signed", "positive", "nothing"]
     bias: Tensor | None
+    version: int = 0
+
+    def gave(self, x: Tensor) -> bool:
+        """Whether it is the convolution's answer, and nothing wrote into it since."""
+        return x is self.out and x._version == self.version
+
+    def handed_on(self, out: Tensor) -> _Weighing:
+        """The same, of another tensor that is its answer."""
+        return replace(self, out=out, version=out._version)
+
+    def negated(self) -> _Weighing:
+        """Of the negative weights."""
+        return replace(self, positive=-self.negative, negative=-self.positive)
 
 
 class _Propagation(Interception):
@@ -107,6 +121,7 @@ class _Propagation(Interception):
             **dict.fromkeys(RECTIFIERS | SQUASHERS, self.passing),
             "mul": self.product,
             "matmul": self.product,
+            "einsum": self.einsum,
             "clone": self.clone,
         }
         if rule.excitation:
@@ -120,18 +135,24 @@ class _Propagation(Interception):
     def other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Linear functions obey LRP-0; at the input, value times gradient is made the gradient."""
         name, in_place = named(func)
-        weighed = tuple(_weigh_input(a, a) if self._is_input(a) else a for a in args)
+        weighed = tuple(map(self._weighed, args))
         if in_place and self._is_input(args[0]):
             self.given = [given for given in self.given if given is not args[0]]
             plain, _ = out_of_place(func, name, in_place, args, kwargs)
             return args[0].copy_(plain(*weighed, **kwargs))
         found = func(*args, **kwargs)
-        if not isinstance(found, Tensor) or not any(map(self._is_input, args)):
+        if not isinstance(found, Tensor | tuple | list) or all(map(operator.is_, weighed, args)):
             return found
         if name in _CARRIES:
             self.given.append(found)
             return found
         return func(*weighed, **kwargs)
+
+    def _weighed(self, argument: Any) -> Any:
+        """The argument, or the input in it by its value."""
+        if isinstance(argument, tuple | list) and any(map(self._is_input, argument)):
+            return type(argument)(map(self._weighed, argument))
+        return _weigh_input(argument, argument) if self._is_input(argument) else argument
 
     def fresh(self, x: Tensor) -> Tensor:
         """The input is no longer what it was once it is written into."""
@@ -169,9 +190,10 @@ class _Propagation(Interception):
             if bias is not None and name != "linear":  # whose channels are last
                 bias = bias.reshape(1, -1, *(1,) * (out.ndim - 2))
             weighing = _Weighing(out, *self._contributions(convolve, x, weight), bias)
-            sign = -1.0 if self.rule.contrast and self.last_call == 0 else 1.0
-            passed = self._passed(weighing, out, torch.tensor(sign).to(out), None)
-            self.latest = replace(weighing, out=passed)
+            if self.rule.contrast and self.last_call == 0:
+                weighing = weighing.negated()
+            passed = self._passed(weighing, out, torch.ones(()).to(out), None)
+            self.latest = weighing.handed_on(passed)
             return passed
 
         return weigh
@@ -230,9 +252,11 @@ class _Propagation(Interception):
     def _normalize(self, name: str) -> Callable[..., Tensor]:
         def normalize(plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             y = plain(x, *args, **kwargs)
-            norm = Normalization.of(name, x, args, kwargs)
-            if norm is None or not x.requires_grad:
+            if not x.requires_grad:
                 return y
+            norm = Normalization.of(name, x, args, kwargs)
+            if norm is None:
+                return self._affine(x, y, *running_constants(name, x, args, kwargs))
             return self._affine(x, y, *norm.constants(x))
 
         return normalize
@@ -244,11 +268,11 @@ class _Propagation(Interception):
         y = plain(x, *args, **kwargs)
         if not x.requires_grad:
             return y
-        return self._affine(x, y, *batch_constants(x, args, kwargs))
+        return self._affine(x, y, *running_constants("batch_norm", x, args, kwargs))
 
     def _affine(self, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         latest = self.latest
-        if latest is not None and x is latest.out:
+        if latest is not None and latest.gave(x):
             return self._passed(latest, y, scale, shift)
         return self._value_over(x, y)
 
@@ -258,14 +282,13 @@ class _Propagation(Interception):
         if self._is_input(x):
             self.given.append(y)
         latest = self.latest
-        if latest is not None and x is latest.out:
-            self.latest = replace(latest, out=y)
+        if latest is not None and latest.gave(x):
+            self.latest = latest.handed_on(y)
         return y
 
     def passing(self, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """An activation passes its relevance on as it is."""
-        if self._is_input(x):
-            x = _weigh_input(x, x)
+        x = self._weighed(x)
         y = plain(x, *args, **kwargs)
         return self._value_over(x, y) if x.requires_grad else y
 
@@ -274,15 +297,23 @@ class _Propagation(Interception):
 
     def product(self, plain: Callable[..., Tensor], a: Any, b: Any, *args: Any) -> Tensor:
         """Each factor gets half of the relevance."""
-        a, b = (_weigh_input(x, x) if self._is_input(x) else x for x in (a, b))
+        a, b = self._weighed(a), self._weighed(b)
         y = plain(a, b, *args)
         if not all(isinstance(x, Tensor) and x.requires_grad for x in (a, b)):
             return y
         return through(y, (plain(a, b.detach()) + plain(a.detach(), b)) / 2)
 
+    def einsum(self, plain: Callable[..., Tensor], equation: str, *operands: Any) -> Tensor:
+        """A product, if it has two factors."""
+        if len(operands) == 1 and isinstance(operands[0], list | tuple):
+            operands = tuple(operands[0])
+        if len(operands) == 2:
+            return self.product(lambda a, b: plain(equation, a, b), *operands)
+        return plain(equation, *map(self._weighed, operands))
+
     def sum(self, plain: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> Tensor:
         """Of two that vary, the positive parts share."""
-        a, b = (_weigh_input(x, x) if self._is_input(x) else x for x in (a, b))
+        a, b = self._weighed(a), self._weighed(b)
         y = plain(a, b, **kwargs)
         if not all(isinstance(x, Tensor) and x.requires_grad for x in (a, b)):
             return y
@@ -301,4 +332,5 @@ def _absorbed(bias: Tensor, weighing: _Weighing) -> Tensor:
 
 def _weigh_input(x: Tensor, by: Tensor) -> Tensor:
     """A value in the place of the input, whose gradient at the input is value times gradient."""
-    return through(by, x * by.detach())
+    by = by.detach().clone()  # the network may write into its input later
+    return through(by, x * by)

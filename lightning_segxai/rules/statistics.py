@@ -83,16 +83,19 @@ class Normalization:
             return scale, shift if self.shift is None else shift + self.shift
 
 
-def batch_constants(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Scale and shift of a batch norm with running statistics, for each channel.
+def running_constants(
+    name: str, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Scale and shift of a batch or instance norm with running statistics, for each channel.
 
     Raises:
         UnsupportedError: where it uses the statistics of the batch.
     """
-    given = _SIGNATURES["batch_norm"].bind(x, *args, **kwargs)
+    given = _SIGNATURES[name].bind(x, *args, **kwargs)
     given.apply_defaults()
     call = given.arguments
-    refuse_batch_statistics(call)
+    if name == "batch_norm":
+        refuse_batch_statistics(call)
     scale = (call["running_var"] + call["eps"]).rsqrt()
     if call["weight"] is not None:
         scale = scale * call["weight"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nets_for_tests import Power, Weigh, a_probe, close, layered, linear_net, seeded
 from torch import nn
 
+from lightning_segxai.baselines import Baseline
 from lightning_segxai.explain import explain
 from lightning_segxai.methods.cams import GradCAM, HiResCAM
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
@@ -86,7 +87,9 @@ def test_integrated_gradients_of_a_linear_network_are_exact_in_one_step(baseline
     found = only(linear_net(2, bias=True), probe, method)
     assert found.completeness_error is not None
     assert found.completeness_error < 1e-10
-    start = method.reference.make(probe.image, probe.spacing_mm, torch.Generator().manual_seed(0))
+    start = Baseline(baseline, 1.0).make(
+        probe.image, probe.spacing_mm, torch.Generator().manual_seed(0)
+    )
     weigh = only(Weigh(0, 3), probe, method)
     close(weigh.values, 3 * (probe.image - start).sum(0) / 512)
     close(
@@ -321,7 +324,7 @@ def test_methods_are_values():
 
 def test_the_trajectory_is_told_by_settings():
     """So that equal paths are walked once."""
-    assert IntegratedGradients(4).trajectory == Line(4, IntegratedGradients(4).reference)
+    assert IntegratedGradients(4).trajectory == Line(4, Baseline())
     assert SmoothGrad(Occlusion()).trajectory is None
 
 

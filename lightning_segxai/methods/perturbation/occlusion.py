@@ -1,4 +1,4 @@
-"""Methods that hide parts of the volume and watch the score; forward passes only."""
+"""A cube that goes over the volume and hides what lies under it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank
 from lightning_segxai.methods.base import AttributionMethod
+from lightning_segxai.methods.hiding import PerPass, Veil, check_counts
 from lightning_segxai.scored import Passes, ScoredModel
 from lightning_segxai.values import Map, Shape, Volume
 
@@ -30,9 +31,12 @@ class Occlusion(AttributionMethod):
         stride_voxels: Step from one cube to the next, at most the edge.
         baseline: What hides, as for `IntegratedGradients`.
         sigma_mm: Standard deviation of the blur in millimetres.
+        perturbations_per_pass: Perturbed volumes that are made and scored at once; ``auto``: as
+            many as windows go through the network at once.
 
     Raises:
-        ValueError: for an edge or stride below one, a stride above the edge, an unknown baseline.
+        ValueError: for an edge or stride below one, a stride above the edge, an unknown baseline,
+            a width that is not positive, or less than one perturbation per pass.
 
     References:
         Zeiler and Fergus, "Visualizing and understanding convolutional networks", 2013,
@@ -43,6 +47,7 @@ class Occlusion(AttributionMethod):
     stride_voxels: int = 4
     baseline: Blank = "blurred"
     sigma_mm: float = 5.0
+    perturbations_per_pass: PerPass = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride_voxels <= self.size_voxels:
@@ -51,22 +56,20 @@ class Occlusion(AttributionMethod):
                 "needs a stride of at least 1 and at most the size; else voxels are never hidden."
             )
         Baseline(self.baseline, self.sigma_mm)
+        check_counts(self, perturbations_per_pass=self.perturbations_per_pass)
 
     def attribute(self, model: ScoredModel, x: Volume) -> Map:
         """The map of ``x``."""
-        hidden = Baseline(self.baseline, self.sigma_mm).make(
-            x, model.probe.spacing_mm, model.generator()
-        )
+        veil = Veil.of(model, x, self.baseline, self.sigma_mm)
         i, j, k = x.shape[1:]
         size, stride = self._geometry((i, j, k))
-        windows = model.predictor.windows(x.shape[1:])
         with torch.no_grad():
             effect: Tensor = CaptumOcclusion(model).attribute(
                 x[None],
                 sliding_window_shapes=(len(x), *size),
                 strides=(len(x), *stride),
-                baselines=hidden[None],
-                perturbations_per_eval=model.predictor.batch(windows.places[0]),
+                baselines=veil.behind[None],
+                perturbations_per_eval=veil.per_pass(self.perturbations_per_pass),
                 show_progress=False,
             )
         # a cube hides all channels, so each channel holds the same effect; Captum gives float32
