@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_segxai.rules.interception import Interception, Rule, refuse_unseen
+from lightning_segxai.rules.lean import Lean
 from lightning_segxai.scored import Predictor, ScoredModel, in_pieces
 from lightning_segxai.taps import resolve_layer, tapped
 from lightning_segxai.trajectories import Point, Trajectory
@@ -240,18 +241,16 @@ class _Eye:
             rows += [sight.point.origin[(slice(None), *sight.place)] for sight in batch]
         inputs = torch.stack(rows)
         forward_only = batch[0].forward_only
-        mode = None
-        if self.rule is not None:
-            origins = [sight.point.origin for sight in batch]
-            mode = self.rule.interception(origins, self.convolutions)
+        origins = [sight.point.origin for sight in batch]
+        mode = self.rule.interception(origins, self.convolutions) if self.rule else Lean()
         inputs = inputs.detach().requires_grad_(not forward_only)
         with (
             torch.set_grad_enabled(not forward_only),
-            _constant(self.predictor.module, mode is not None),
+            _constant(self.predictor.module),
             tapped(self.predictor.module, set(self.resolved.values())) as taps,
         ):
             logits = self.predictor.window_logits(inputs, mode)
-        if mode is not None and not forward_only and not self.checked:
+        if self.rule is not None and not forward_only and not self.checked:
             refuse_unseen(logits, self.predictor.module, mode)
             self.checked = True
         activations = {asked: taps[name] for asked, name in self.resolved.items()}
@@ -263,7 +262,7 @@ class _View:
     """A forward pass with its graph; without one where the points are only looked at forward."""
 
     rule: Rule | None
-    mode: Interception | None
+    mode: Interception
     size: int
     inputs: Tensor
     logits: Tensor
@@ -300,7 +299,7 @@ class _View:
         seed = weights if self.rule is None else self.rule.seed(weights, logits.detach())
         able = [t for t in wanted if t.requires_grad]  # a detached branch's layer does not
         try:
-            with self.mode.resumed() if self.mode is not None else torch.enable_grad():
+            with self.mode.resumed():
                 found = iter(
                     torch.autograd.grad(
                         (seed * logits).sum(), able, retain_graph=keep, allow_unused=True
@@ -321,9 +320,9 @@ class _View:
 
 
 @contextmanager
-def _constant(module: nn.Module, wanted: bool) -> Iterator[None]:
+def _constant(module: nn.Module) -> Iterator[None]:
     """Parameters without gradients, so that what has one depends on the input."""
-    trained = [p for p in module.parameters() if p.requires_grad] if wanted else []
+    trained = [p for p in module.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:

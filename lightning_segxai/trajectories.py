@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -248,4 +247,4 @@ class Cloud(Trajectory):
 def noisy(x: Volume, noise: float, generator: torch.Generator) -> Volume:
     """A copy with normal noise of a fraction of the volume's intensity range."""
     drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
-    return cast(Tensor, x + noise * (x.amax() - x.amin()) * drawn)
+    return x + noise * (x.amax() - x.amin()) * drawn

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from lightning_segxai.baselines import Baseline
+from lightning_segxai.baselines import Baseline, draws
 
 X = torch.randn(2, 9, 8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 SPACING = (0.5, 1.0, 2.0)
@@ -81,3 +81,28 @@ def test_equal_recipes_are_one():
     """They are keys: a path is walked once for all methods that share it."""
     assert {Baseline("zero"): 1}[Baseline("zero")] == 1
     assert Baseline("blurred", 2.0) != Baseline("blurred", 3.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_draws_are_different_baselines(count):
+    """Blurs of several widths around the given one, and noises, in turn; equal calls are equal."""
+    recipes = draws(count, 4.0)
+    assert recipes == draws(count, 4.0)
+    assert [r.blank for r in recipes] == ["blurred", "noise", "blurred", "noise", "blurred"][:count]
+    assert [r.sigma_mm for r in recipes if r.blank == "blurred"] == [4.0, 2.0, 8.0][
+        : (count + 1) // 2
+    ]
+    generator = torch.Generator().manual_seed(0)
+    made = [r.make(X, SPACING, generator) for r in recipes]
+    assert len({float(m[0, 0, 0, 0]) for m in made}) == count
+
+
+def test_a_later_draw_is_another_noise_of_the_same_seed():
+    """So that each of several noises is told by its number alone."""
+    generator = torch.Generator().manual_seed(3)
+    noises = [torch.randn(X.shape, generator=generator, dtype=X.dtype) for _ in range(3)]
+    for n, noise in enumerate(noises):
+        made = make(Baseline("noise", draw=n), seed=3)
+        for channel in range(2):
+            expected = X[channel].mean() + X[channel].std() * noise[channel]
+            assert torch.allclose(made[channel], expected, atol=1e-14)

@@ -355,7 +355,9 @@ def test_without_a_callback_a_failure_comes_out(bad):
         explain(Predictor(layered()), a_probe(), TARGETS, {"saliency": Saliency(), "bad": bad})
 
 
-@pytest.mark.parametrize("bad", [Bad("nan"), Bad("infinity"), Bad("complete nan"), BadAlone("nan")], ids=str)
+@pytest.mark.parametrize(
+    "bad", [Bad("nan"), Bad("infinity"), Bad("complete nan"), BadAlone("nan")], ids=str
+)
 def test_a_map_that_is_not_finite_is_no_map(bad):
     """Status ``nonfinite``; the reason tells whether the logits were."""
     told = []

@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nets_for_tests import (
     Answers,
     Counting,
@@ -25,7 +27,7 @@ from torch import nn
 
 from lightning_segxai.methods.gradients import InputXGradient
 from lightning_segxai.nets import UNet3d
-from lightning_segxai.scored import Predictor, ScoredModel, describe
+from lightning_segxai.scored import Passes, Predictor, ScoredModel, describe, in_pieces
 from lightning_segxai.targets import ClassEvidence, ClassMargin
 from lightning_segxai.values import Probe
 
@@ -313,3 +315,62 @@ def test_noise_of_a_model_is_that_of_its_seed():
     a = torch.randn(3, generator=model.generator())
     assert torch.equal(a, torch.randn(3, generator=model.generator()))
     assert torch.equal(a, torch.randn(3, generator=torch.Generator().manual_seed(5)))
+
+
+@given(
+    st.lists(st.integers(-5, 5), max_size=30), st.integers(1, 9), st.integers(1, 9), st.booleans()
+)
+def test_work_comes_in_pieces_of_what_is_alike(work, size, room, mixed):
+    """In order, every item once, no larger than the size; halved where memory lacks."""
+    tried = []
+
+    def look(piece):
+        tried.append(len(piece))
+        if len(piece) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [-item for item in piece]
+
+    alike = (lambda _: 0) if mixed else (lambda item: item < 0)
+    found = list(in_pieces(iter(work), size, look, alike))
+    assert [item for piece, _ in found for item in piece] == work
+    for piece, result in found:
+        assert result == [-item for item in piece]
+        assert 1 <= len(piece) <= min(size, room)
+        assert len({alike(item) for item in piece}) == 1
+    assert max(tried, default=0) <= size
+
+
+def test_an_error_outside_of_the_look_does_not_make_a_piece_come_twice():
+    """What is done with a result is not retried."""
+    seen = []
+
+    def consume():
+        for piece, _ in in_pieces(range(8), 4, len):
+            seen.extend(piece)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        consume()
+    assert seen == [0, 1, 2, 3]
+
+
+def test_work_is_taken_when_it_is_needed():
+    """An endless one is looked at piece by piece."""
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield taken[-1]
+
+    pieces_of_it = in_pieces(endless(), 3, sum)
+    assert [next(pieces_of_it)[1] for _ in range(2)] == [3, 12]
+    assert len(taken) == 6
+
+
+def test_passes_are_counted_as_batch_items():
+    """Forward by the predictor, from none."""
+    predictor = Predictor(layered(), (8, 8, 8))
+    assert predictor.passes == Passes(0, 0)
+    predictor.predict(a_probe((8, 8, 12)).image)
+    assert predictor.passes == Passes(1 + 2, 0)  # the rehearsal, and two windows

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_segxai.rules import lean
 from lightning_segxai.rules.interception import (
     RECTIFIERS,
     SQUASHERS,
@@ -55,7 +56,7 @@ class Rescaled(Rule):
 
     and its derivative where the two are equal. Max pooling passes the whole difference to the voxel
     that won it; a product passes to each factor the mean of the other, $\Delta(uv) = \bar v\,\Delta
-    u + \bar u\,\Delta v$; a softmax is exponentials, a sum and a product.
+    u + \bar u\,\Delta v$; a softmax is exponentials, their sum, its logarithm, and an exponential.
 
     Args:
         norm: ``frozen``: instance, group and layer norms with the volume's statistics as constants,
@@ -106,7 +107,7 @@ class _Freezing(Interception):
 
     def batch(self, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         refuse_mixing(x, args, kwargs)
-        return plain(x, *args, **kwargs)
+        return lean.batch_norm(plain, x, *args, **kwargs)
 
 
 class _Rescaling(_Freezing):
@@ -204,17 +205,20 @@ class _Rescaling(_Freezing):
         return self.quotient(lambda a, b: plain(b, a), a, b)
 
     def softmax(self, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Exponentials over their sum, or the logarithm of it."""
+        """The exponential of its logarithm, which is less the logarithm of a sum of exponentials.
+
+        A quotient of exponentials would cancel where the logits of the two are far apart.
+        """
         y = plain(x, *args, **kwargs)
         if not _varies(x):
             return y
-        dim = kwargs.get("dim", args[0] if args else None)
-        highest = torch.maximum(*_halves(x)).amax(dim, keepdim=True)
-        exponentials = self.elementwise(torch.exp, x - _twice(highest))
-        total = exponentials.sum(dim, keepdim=True)
+        dim: Any = kwargs.get("dim", args[0] if args else None)
+        x = x - _twice(torch.maximum(*_halves(x)).amax(dim, keepdim=True)).to(x.dtype)
+        total = self.elementwise(torch.exp, x).sum(dim, keepdim=True)
+        logarithm = x - self.elementwise(torch.log, total)
         if "log" in getattr(plain, "__name__", ""):
-            return through(y, x - self.elementwise(torch.log, total))
-        return through(y, self.quotient(torch.div, exponentials, total))
+            return through(y, logarithm)
+        return through(y, self.elementwise(torch.exp, logarithm))
 
     def attention(
         self,

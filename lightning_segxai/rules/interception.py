@@ -87,7 +87,7 @@ class Interception(TorchFunctionMode):
     function in its out-of-place form as the first argument.
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule | None) -> None:
         super().__init__()
         self.rule = rule
         self.met = 0
@@ -148,9 +148,9 @@ class Interception(TorchFunctionMode):
         """
         if grad_outputs is None:
             grad_outputs = [torch.ones_like(output) for output in outputs]
-        edges = [[get_gradient_edge(t) for t in tensors] for tensors in (outputs, inputs)]
+        ends, starts = ([get_gradient_edge(t) for t in tensors] for tensors in (outputs, inputs))
         with self:
-            return torch.autograd.grad(*edges, grad_outputs, **kwargs)
+            return torch.autograd.grad(ends, starts, grad_outputs, **kwargs)
 
     def fresh(self, x: Tensor) -> Tensor:
         """A tensor as it is before it is written into."""
@@ -233,6 +233,8 @@ def _parameters(func: Function) -> tuple[str, ...]:
 class _Through(torch.autograd.Function):
     """One value forward, another's gradient backward."""
 
+    own = True
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, path: Tensor) -> Tensor:
         return value.clone()
@@ -263,6 +265,7 @@ def refuse_unseen(logits: Tensor, module: nn.Module, mode: Interception) -> None
     Raises:
         UnsupportedError: where it met no function to change, or a custom autograd function.
     """
+    assert mode.rule is not None
     network = type(module).__name__
     waiting, seen = [logits.grad_fn], set()
     while waiting:
@@ -271,10 +274,9 @@ def refuse_unseen(logits: Tensor, module: nn.Module, mode: Interception) -> None
             continue
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
-        kind = type(node)
-        if isinstance(getattr(kind, "_forward_cls", None), FunctionMeta):
-            custom = kind._forward_cls
-            if custom is _Through:
+        custom: Any = getattr(type(node), "_forward_cls", None)
+        if isinstance(custom, FunctionMeta):
+            if getattr(custom, "own", False):
                 continue
             if custom.__name__ == "CheckpointFunction":
                 raise UnsupportedError(

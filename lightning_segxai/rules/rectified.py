@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_segxai.rules import lean
 from lightning_segxai.rules.interception import RECTIFIERS, Interception, Rule, through
 from lightning_segxai.values import Volume
 
@@ -41,7 +42,7 @@ class _Rectifying(Interception):
 
     def __init__(self, rule: Rectified) -> None:
         super().__init__(rule)
-        self.handlers = dict.fromkeys(RECTIFIERS, self.rectify)
+        self.handlers = {**dict.fromkeys(RECTIFIERS, self.rectify), "batch_norm": lean.batch_norm}
 
     def rectify(self, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = plain(x, *args, **kwargs)

@@ -136,16 +136,18 @@ class _Propagation(Interception):
         """Linear functions obey LRP-0; at the input, value times gradient is made the gradient."""
         name, in_place = named(func)
         weighed = tuple(map(self._weighed, args))
+        if all(map(operator.is_, weighed, args)):
+            return func(*args, **kwargs)
+        if name in _CARRIES:
+            found = func(*args, **kwargs)
+            self.given.append(found)
+            return found
         if in_place and self._is_input(args[0]):
             self.given = [given for given in self.given if given is not args[0]]
             plain, _ = out_of_place(func, name, in_place, args, kwargs)
             return args[0].copy_(plain(*weighed, **kwargs))
-        found = func(*args, **kwargs)
-        if not isinstance(found, Tensor | tuple | list) or all(map(operator.is_, weighed, args)):
-            return found
-        if name in _CARRIES:
-            self.given.append(found)
-            return found
+        if name == "__setitem__":  # what it leaves of the input is the input
+            weighed = (args[0], *weighed[1:])
         return func(*weighed, **kwargs)
 
     def _weighed(self, argument: Any) -> Any:
@@ -219,16 +221,19 @@ class _Propagation(Interception):
                 whole - convolve(low, below) - convolve(high, above),
                 "nothing",
             )
-        up, down = x.clamp(min=0), x.clamp(max=0)
-        whole = convolve(_weigh_input(x, x) if is_input else x, w)
         if kind == "epsilon":
+            whole = convolve(_weigh_input(x, x) if is_input else x, w)
             return whole, whole, "signed"
+        up, down = x.clamp(min=0), x.clamp(max=0)
         if is_input:
             up, down = _weigh_input(x, up), _weigh_input(x, down)
-        positive = convolve(up, w.clamp(min=0))
+        above, below = w.clamp(min=0), w.clamp(max=0)
+        # each by itself: the whole less the positive would leave rounding where there is nothing
+        positive, negative = convolve(up, above), convolve(up, below)
         if bool((x < 0).any()):
-            positive = positive + convolve(down, w.clamp(max=0))
-        return positive, whole - positive, "positive"
+            positive = positive + convolve(down, below)
+            negative = negative + convolve(down, above)
+        return positive, negative, "positive"
 
     def _passed(
         self, weighing: _Weighing, value: Tensor, scale: Tensor, shift: Tensor | None

@@ -107,11 +107,22 @@ def running_constants(
 
 def refuse_batch_statistics(call: Mapping[str, Any]) -> None:
     """Raise an UnsupportedError for a batch norm without running statistics."""
-    if call["training"] or call["running_mean"] is None:
+    if _mixes(call):
         raise UnsupportedError(
             "A BatchNorm without running statistics mixes the rows of a batch, which rules put "
             "side by side. Use `track_running_stats=True`, or another norm."
         )
+
+
+def of_batch(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a batch norm's statistics are those of the batch."""
+    given = _SIGNATURES["batch_norm"].bind(x, *args, **kwargs)
+    given.apply_defaults()
+    return _mixes(given.arguments)
+
+
+def _mixes(call: Mapping[str, Any]) -> bool:
+    return call["training"] or call["running_mean"] is None
 
 
 def refuse_mixing(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ class Plain:
         return whole[:i, :j, :k]
 
     def spread(self, part, place):
-        """Each voxel's trilinear footprint, scaled to sum to one; padding goes to the last voxel."""
+        """Each voxel's trilinear footprint, scaled to sum to one; padding goes to the last one."""
         total = torch.zeros(self.padded, dtype=torch.float64)
         for index in np.ndindex(*part.shape):
             one = torch.zeros_like(part)

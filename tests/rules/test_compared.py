@@ -1,7 +1,8 @@
-"""DeepLift's rules: each worked out by hand, complete on every network, Captum's where it is right."""
+"""DeepLift's rules: worked out by hand, complete on every network, Captum's where it is right."""
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from lightning_segxai.targets import ClassMargin, VoxelEvidence
 from lightning_segxai.windows import Windows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
-from networks import NETWORKS, network  # noqa: E402 - its folder is no package
+from networks import NETWORKS, network
 
 PROBE = a_probe()
 X = PROBE.image[None]
@@ -134,13 +135,27 @@ def test_sigmoid_gate():
 
 
 def test_softmax_gate():
-    """Two logits (0, 0) against (ln 3, 0): exponentials, their sum, and the quotient."""
-    three = float(torch.log(torch.tensor(3.0, dtype=torch.float64)))
-    found = complete(lambda v: v.softmax(1)[:, :1], [three, 0.0], [0.0, 0.0])
-    # e: 3 against 1; sum: 4 against 2; 1 / sum: 1/4 against 1/2, slope -1/8. Quotient 3/4 against
-    # 1/2: e gets 3/8, the sum 2 * -1/8 = -1/4, so e in all 1/8; the exponential's slope is 2 / ln 3
-    assert found[0] == pytest.approx(1 / 8 * 2 / three, rel=1e-12)
-    assert found[1] == pytest.approx(-1 / 4 * 1, rel=1e-12)  # not used: its run is 0
+    """Two logits (ln 3, ln 2) against (0, 0): the exponential of a logarithm."""
+    x = torch.tensor([3.0, 2.0], dtype=torch.float64).log()
+    found = complete(lambda v: v.softmax(1)[:, :1], x, [0.0, 0.0])
+    # exponentials 3 and 2 against 1 and 1, their sum 5 against 2, their slopes 2 / ln 3, 1 / ln 2
+    of_sum = math.log(5 / 2) / 3
+    of_log = (3 / 5 - 1 / 2) / math.log(3 / 5 * 2)
+    assert found[0] == pytest.approx(of_log * (1 - of_sum * 2 / float(x[0])), rel=1e-12)
+    assert found[1] == pytest.approx(-of_log * of_sum / float(x[1]), rel=1e-12)
+
+
+def test_softmax_of_one():
+    """Of a logit and zeros it is the sigmoid's rule, also in single precision and far apart."""
+    for far in (1.0, 30.0):
+        x, b = torch.zeros(2, 1, 3).double()
+        x[..., 0], b[..., 0] = far, -far
+        both = torch.stack([x, b]).float().requires_grad_()
+        with Rescaled().interception([], 0).watching(both):
+            shares = both.softmax(-1)
+        [slope] = torch.autograd.grad(shares[0, 0, 0], both)
+        rise = x.softmax(-1)[0, 0] - b.softmax(-1)[0, 0]
+        assert float(slope[0, 0, 0] * 2 * far) == pytest.approx(float(rise), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +167,13 @@ def test_softmax_gate():
         lambda v: F.log_softmax(v, dim=1).exp(),
         F.logsigmoid,
         lambda v: F.softplus(v) * torch.tanh(v),
-        lambda v: v.expm1() / (v.exp() + 1),
     ],
 )
 def test_gates_are_complete(f):
     """Softmaxes, their logarithms, and what they weigh; far from zero too."""
     for scale in (1.0, 30.0):
-        complete(f, scale * torch.randn(5).double(), scale * torch.randn(5).double())
+        x, b = scale * torch.randn(2, 5).double()
+        complete(f, x, b, tolerance=1e-10)
 
 
 def test_max_pool():
@@ -175,9 +190,9 @@ def test_max_pool():
 def test_max_pool_overlapping():
     """Windows of three with a stride of one and padding; a voxel adds up what it wins."""
     pool = nn.MaxPool1d(3, 1, 1)
-    # answers (5, 5, 7, 7) against (2, 2, 2, 1): voxels 1, 1, 3, 3 win, from 1 and 0
+    # answers (5, 5, 7, 7) against (2, 2, 2, 2): voxels 1, 1, 3, 3 win, from 1 and 0
     found = complete(lambda v: pool(v[:, None]), [1.0, 5.0, 2.0, 7.0], [2.0, 1.0, 2.0, 0.0])
-    assert found == pytest.approx([0.0, 3 / 4 + 3 / 4, 0.0, 5 / 7 + 6 / 7])
+    assert found == pytest.approx([0.0, 3 / 4 + 3 / 4, 0.0, 5 / 7 + 5 / 7])
 
 
 POOLS = {
@@ -233,7 +248,8 @@ def test_attention():
     for other in (written, einsums):
         assert complete(other, x, b) == pytest.approx(first, rel=1e-9)
     assert complete(lambda v: attention(v, scale=2**-0.5), x, b) == pytest.approx(first, rel=1e-9)
-    complete(lambda v: attention(v, mask=torch.randn(4, 4).double()), x, b)
+    mask = torch.randn(4, 4).double()
+    complete(lambda v: attention(v, mask=mask), x, b)
 
 
 @pytest.mark.parametrize("mask", [{"is_causal": True}, {"attn_mask": torch.eye(4) > 0}], ids=str)
@@ -459,8 +475,7 @@ def test_layer_at_the_input_grid():
     """At a layer of full resolution it is the multiplier times the difference, by Captum."""
     net = batch_normed()
     weights = TARGET.weights(PROBE, net(X)[0].detach())
-    with pytest.warns(UserWarning, match="Setting forward, backward hooks"):
-        theirs = attr.LayerDeepLift(Scored(net, weights), net[8]).attribute(X, X * 0 + 0.4)
+    theirs = attr.LayerDeepLift(Scored(net, weights), net[8]).attribute(X, X * 0 + 0.4)
     close(
         explained(net, LayerDeepLift("8", 0.4)).values,
         theirs[0].sum(0).detach() / VOXELS,
@@ -485,11 +500,10 @@ def test_one_relu_in_a_network():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: DeepLift("black"), "must be one of"),
         (lambda: DeepLift(sigma_mm=0.0), "must be positive"),
         (lambda: DeepLiftShap(0), r"baselines=0\)` must be at least 1"),
         (lambda: DeepLiftShap(2, -1.0), "must be positive"),
-        (lambda: LayerDeepLift(baseline="none"), "must be one of"),
+        (lambda: LayerDeepLift(sigma_mm=-2.0), "must be positive"),
     ],
 )
 def test_wrong_arguments(make, match):
