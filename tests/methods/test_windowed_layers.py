@@ -310,6 +310,24 @@ def test_square_of_a_path(plain):
     close(ours(plain, SquareGrad(IntegratedGradients(2, "blurred", 2.0), 2)), expected)
 
 
+def test_copies_of_copies(plain):
+    """An inner cloud of two around each of three copies is finished with its own last copy."""
+    generator = torch.Generator().manual_seed(0)
+
+    def copy_of(x, noise):
+        width = noise * (x.max() - x.min())
+        return x + width * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    squares = []
+    for _ in range(3):
+        outer = copy_of(plain.x, 0.2)
+        inner = [plain.gradient(copy_of(outer, 0.1)).sum(0) ** 2 for _ in range(2)]
+        squares.append(sum(inner) / 2)
+    method = VarGrad(SquareGrad(Saliency(absolute=False), 2, 0.1), 3, 0.2)
+    variance = torch.stack(squares).var(0, correction=0)
+    close(ours(plain, method), variance / plain.voxels**4)
+
+
 METHODS = [
     GradCAMPlusPlus("act"),
     LayerCAM("act"),
