@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,6 +54,10 @@ class Baseline:
                 f"`baseline` must be one of {', '.join(_KINDS)}, or a number that fills a volume "
                 f"of any shape, but got {what}."
             )
+        if not isinstance(self.blank, str) and not math.isfinite(self.blank):
+            raise ValueError(f"`baseline={self.blank}` must be a finite number.")
+        if self.draw < 0:
+            raise ValueError(f"`Baseline(draw={self.draw})` must not be negative.")
         if not self.sigma_mm > 0:
             raise ValueError(f"`sigma_mm` must be positive, but got {self.sigma_mm}.")
 

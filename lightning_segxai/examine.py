@@ -96,9 +96,9 @@ def measure(
 
     Returns:
         For each probe `dice` (where it has a label); for each target its `region_voxels`; for each
-        map the metrics, and `completeness_error` and `cancellation` where it has the axiom. A
-        metric that cannot be had is ``unsupported``, of a map of zeros ``empty``, of a map that
-        failed as the map is.
+        map the metrics, and `completeness_error`, `cancellation` and `doubtful` (1 or 0) where it
+        has the axiom. A metric that cannot be had is ``unsupported``, of a map of zeros ``empty``,
+        of a map that failed as the map is.
     """
     attributions = list(attributions)
     predicted = {a.probe.name: a for a in reversed(attributions) if not unseen(a)}
@@ -114,7 +114,8 @@ def measure(
             rows.append(record(run, attribution, "dice", "1", overlap, status, of="probe"))
         if (probe.name, attribution.target) not in seen:
             seen.add((probe.name, attribution.target))
-            aimed = attribution.status != "unsupported" and not unseen(attribution)
+            # a method may be unsupported where the target is not
+            aimed = attribution.status == "empty" or not math.isnan(attribution.score)
             size = float(attribution.region.sum()) if aimed else math.nan
             status = "ok" if aimed else attribution.status
             rows.append(
@@ -124,6 +125,8 @@ def measure(
             "completeness_error": attribution.completeness_error,
             "cancellation": attribution.cancellation,
         }
+        if attribution.completeness_error is not None:
+            axiom["doubtful"] = float(attribution.doubtful)
         rows += [
             record(run, attribution, name, "1", value)
             for name, value in axiom.items()

@@ -25,7 +25,7 @@ from lightning_segxai.rules.interception import Rule
 from lightning_segxai.scored import Predictor, ScoredModel, describe
 from lightning_segxai.taps import resolve_layer
 from lightning_segxai.targets import Target, voxels
-from lightning_segxai.trajectories import Here, Trajectory
+from lightning_segxai.trajectories import Trajectory
 from lightning_segxai.values import (
     Attribution,
     Logits,
@@ -136,8 +136,7 @@ class _Explanation:
             for n in range(len(cell.parts)):
                 walks.setdefault(_way((cell, n)), []).append((cell, n))
         ways = [(t, rule) for t, rule in walks if t.starts_here and rule is None]
-        # a look at the whole volume itself is the prediction too: best where a gradient is wanted
-        ways.sort(key=lambda way: way[0] != Here())
+        # a look at the whole volume itself is the prediction too
         if ways and len(self.windows.places) == 1:
             first = walks.pop(ways[0])
             self._try(_cells(first), partial(self._walk, *ways[0], first))

@@ -306,7 +306,8 @@ class _View:
                     )
                 )
         except RuntimeError as error:
-            if "Checkpointing is not compatible" not in str(error):
+            # torch 2.13's words, and those before
+            if not any(w in str(error) for w in ("checkpoint is incompatible", "Checkpointing is")):
                 raise
             raise UnsupportedError(
                 "Reentrant checkpointing gives no gradients with respect to an input or a layer. "

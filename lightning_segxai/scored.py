@@ -395,7 +395,7 @@ class _traced:  # noqa: N801 - a context manager reads like a verb
         self.handles = [
             module.register_forward_hook(note(name))
             for name, module in self.module.named_modules()
-            if name
+            if name and not isinstance(module, torch.jit.ScriptModule)  # which forbids it
         ]
         return self.shapes
 

@@ -167,8 +167,8 @@ class Pair(Trajectory):
 class Scatter(Trajectory):
     """Points drawn on the lines from several baselines, at least one on each.
 
-    How far along is drawn from as many equal parts as there are samples, one from each; the noise
-    is of the volume's range. The volume and the baselines are looked at too, forward only.
+    How far along is drawn from as many equal parts of a line as it has samples, one from each; the
+    noise is of the volume's range. The volume and the baselines are looked at too, forward only.
     """
 
     samples: int
@@ -192,25 +192,17 @@ class Scatter(Trajectory):
     ) -> Iterator[tuple[Point, ...]]:
         """The volume, the baselines, and the samples."""
         starts = [baseline.make(x, probe.spacing_mm, generator) for baseline in self.baselines]
-        parts = torch.randperm(self.samples, generator=generator)
-        shares = torch.rand(self.samples, generator=generator)
-        along = ((parts + shares) / self.samples).tolist()
-        of_baseline = [len(range(k, self.samples, len(starts))) for k in range(len(starts))]
-        # each baseline has the same weight, however often it is drawn
-        yield (
-            Point(x, None, 1.0, 0.0),
-            *(Point(x, start, 0.0, 0.0) for start in starts),
-            *(
-                Point(
-                    x,
-                    starts[n % len(starts)],
-                    t,
-                    1 / (len(starts) * of_baseline[n % len(starts)]),
-                    noisy(x, self.noise, generator) if self.noise else None,
-                )
-                for n, t in enumerate(along)
-            ),
-        )
+        shares = torch.rand(self.samples, generator=generator).tolist()
+        ends = [Point(x, None, 1.0, 0.0), *(Point(x, start, 0.0, 0.0) for start in starts)]
+        drawn = []
+        for n, share in enumerate(shares):
+            part, which = divmod(n, len(starts))
+            parts = len(range(which, self.samples, len(starts)))
+            # each baseline has the same weight, however often it is drawn
+            weight = 1 / (len(starts) * parts)
+            end = noisy(x, self.noise, generator) if self.noise else None
+            drawn.append(Point(x, starts[which], (part + share) / parts, weight, end))
+        yield (*ends, *drawn)
 
 
 @dataclass(frozen=True)

@@ -489,11 +489,13 @@ def test_measures_are_tidy_rows():
         ("mean", "vessel", "saliency", "ok"),
         ("completeness_error", "vessel", "ig", "ok"),
         ("cancellation", "vessel", "ig", "ok"),
+        ("doubtful", "vessel", "ig", "ok"),
         ("mean", "vessel", "ig", "ok"),
         ("region_voxels", "margin", "", "ok"),
         ("mean", "margin", "saliency", "ok"),
         ("completeness_error", "margin", "ig", "ok"),
         ("cancellation", "margin", "ig", "ok"),
+        ("doubtful", "margin", "ig", "ok"),
         ("mean", "margin", "ig", "ok"),
     ]
     assert {r.run for r in rows} == {"r"}

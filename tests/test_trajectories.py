@@ -130,7 +130,7 @@ def test_a_pair_is_the_volume_beside_each_baseline():
 @settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 99))
 def test_a_scatter_lies_on_the_ways_from_its_baselines(samples, baselines, seed):
-    """One sample in each equal part of the way; each baseline has the same weight."""
+    """One sample in each equal part of a line; each baseline has the same weight."""
     baselines = min(baselines, samples)
     recipes = draws(baselines, 2.0)
     [group] = groups(Scatter(samples, recipes), seed)
@@ -142,7 +142,9 @@ def test_a_scatter_lies_on_the_ways_from_its_baselines(samples, baselines, seed)
     for p, start in zip(starts, made, strict=True):
         assert (p.along, p.weight) == (0, 0)
         assert torch.equal(p.input, start)
-    assert sorted(int(p.along * samples) for p in inner) == list(range(samples))
+    for start in starts:
+        along = [p.along for p in inner if p.baseline is start.baseline]
+        assert [int(t * len(along)) for t in along] == list(range(len(along)))
     for p in inner:
         assert p.input.equal(p.baseline + p.along * (X - p.baseline))
     for start in starts:

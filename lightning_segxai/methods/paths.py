@@ -134,10 +134,10 @@ class ExpectedGradients(_PathMethod):
     \frac{\partial S(b + t (x - b))}{\partial x_c} \Big]$$
 
     Also known as GradientShap. The baselines are blurred ones of several widths and noises, in
-    turn, and the same at every epoch; ``t`` is drawn once from each of as many equal parts as there
-    are samples. Complete, in expectation, from the mean of the baselines' scores, and the map
-    reports by how much it is not. Costs ``samples`` forward and backward passes and ``baselines +
-    1`` forward, shared with `LayerGradientShap`.
+    turn, and the same at every epoch; ``t`` is drawn once from each of as many equal parts as a
+    baseline has samples. Complete, in expectation, from the mean of the baselines' scores, and the
+    map reports by how much it is not. Costs ``samples`` forward and backward passes and ``baselines
+    + 1`` forward, shared with `LayerGradientShap`.
 
     Args:
         samples: Points.

@@ -31,6 +31,13 @@ _ELEMENTWISE = (
     | {"exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "abs", "reciprocal", "pow", "erf"}
 )
 
+_UNRULED = frozenset(
+    {"amax", "amin", "max", "min", "maximum", "minimum", "norm", "vector_norm", "std", "var"}
+    | {"normalize", "rms_norm", "local_response_norm", "glu", "multi_head_attention_forward"}
+    | {"logsumexp", "cumprod", "prod", "cosine_similarity", "bilinear", "softmin", "lstm", "gru"}
+)
+"""Functions that are not linear and have no rule; what is in them would not be seen."""
+
 
 @dataclass(frozen=True)
 class Frozen(Rule):
@@ -133,7 +140,18 @@ class _Rescaling(_Freezing):
             "softmax": self.softmax,
             "log_softmax": self.softmax,
             "scaled_dot_product_attention": self.attention,
+            **{name: self._refusal(name) for name in _UNRULED},
         }
+
+    def _refusal(self, name: str) -> Callable[..., Any]:
+        def refuse(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if any(map(_varies, args)):
+                raise UnsupportedError(
+                    f"`{self.rule}` has no rule for `{name}`. Use `IntegratedGradients`."
+                )
+            return plain(*args, **kwargs)
+
+        return refuse
 
     def elementwise(
         self, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any

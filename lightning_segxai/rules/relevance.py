@@ -81,11 +81,14 @@ class Relevance(Rule):
 
 @dataclass(frozen=True, eq=False)
 class _Weighing:
-    """A convolution's contributions, for both signs of the scale that a norm may put behind it."""
+    """A convolution's contributions, for both signs of the scale that a norm may put behind it.
+
+    Those for a negative scale are made when a norm has one.
+    """
 
     out: Tensor
     positive: Tensor
-    negative: Tensor
+    negative: Callable[[], Tensor]
     absorbs: Literal["square", "signed", "positive", "nothing"]
     bias: Tensor | None
     version: int = 0
@@ -100,7 +103,7 @@ class _Weighing:
 
     def negated(self) -> _Weighing:
         """Of the negative weights."""
-        return replace(self, positive=-self.negative, negative=-self.positive)
+        return replace(self, positive=-self.negative(), negative=lambda: -self.positive)
 
 
 class _Propagation(Interception):
@@ -202,13 +205,13 @@ class _Propagation(Interception):
 
     def _contributions(
         self, convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor
-    ) -> tuple[Tensor, Tensor, Literal["square", "signed", "positive", "nothing"]]:
+    ) -> tuple[Tensor, Callable[[], Tensor], Literal["square", "signed", "positive", "nothing"]]:
         """For a positive and for a negative scale; and what the bias absorbs beside them."""
         is_input = self._is_input(x)
         kind = self.rule.convolutions
         if is_input and self.rule.first == "w2":
             squares = convolve(_weigh_input(x, torch.ones_like(x)), w**2)
-            return squares, squares, "square"
+            return squares, lambda: squares, "square"
         if is_input and self.rule.first == "zb":
             assert self.bounds is not None
             shape = (*self.bounds[0].shape, *(1,) * (x.ndim - 2))
@@ -218,22 +221,24 @@ class _Propagation(Interception):
             low, high = _weigh_input(x, low), _weigh_input(x, high)
             return (
                 whole - convolve(low, above) - convolve(high, below),
-                whole - convolve(low, below) - convolve(high, above),
+                lambda: whole - convolve(low, below) - convolve(high, above),
                 "nothing",
             )
         if kind == "epsilon":
             whole = convolve(_weigh_input(x, x) if is_input else x, w)
-            return whole, whole, "signed"
+            return whole, lambda: whole, "signed"
         up, down = x.clamp(min=0), x.clamp(max=0)
         if is_input:
             up, down = _weigh_input(x, up), _weigh_input(x, down)
         above, below = w.clamp(min=0), w.clamp(max=0)
+        signed = bool((x < 0).any())
+
+        def both(with_up: Tensor, with_down: Tensor) -> Tensor:
+            weighed = convolve(up, with_up)
+            return weighed + convolve(down, with_down) if signed else weighed
+
         # each by itself: the whole less the positive would leave rounding where there is nothing
-        positive, negative = convolve(up, above), convolve(up, below)
-        if bool((x < 0).any()):
-            positive = positive + convolve(down, below)
-            negative = negative + convolve(down, above)
-        return positive, negative, "positive"
+        return both(above, below), lambda: both(below, above), "positive"
 
     def _passed(
         self, weighing: _Weighing, value: Tensor, scale: Tensor, shift: Tensor | None
@@ -241,8 +246,10 @@ class _Propagation(Interception):
         """The value of a convolution and its norm, passing relevance by its contributions."""
         if weighing.absorbs == "square":
             contributions = weighing.positive * scale**2
+        elif bool((scale < 0).any()):
+            contributions = torch.where(scale >= 0, weighing.positive, weighing.negative()) * scale
         else:
-            contributions = torch.where(scale >= 0, weighing.positive, weighing.negative) * scale
+            contributions = weighing.positive * scale
         whole = contributions.detach()
         bias = weighing.bias * scale if weighing.bias is not None else None
         if shift is not None:

@@ -415,7 +415,6 @@ def test_expected_gradients_report_what_is_missing():
     probe = Probe("v", torch.tensor([1.0, 2.0, -1.0]).double().reshape(1, -1, 1, 1))
     generator = torch.Generator().manual_seed(0)
     b = Baseline("blurred", 5.0).make(probe.image, (1, 1, 1), generator)
-    torch.randperm(1, generator=generator)
     t = float(torch.rand(1, generator=generator))
     expected = (2 * (b + t * (probe.image - b)) * (probe.image - b))[0]
     found = only(Power(2), probe, ExpectedGradients(1, 1))

@@ -223,8 +223,7 @@ def drawn(plain, samples, baselines, noise):
     """The points of a scatter, drawn once more by hand: weight, start, end and input of each."""
     generator = torch.Generator().manual_seed(0)
     starts = [recipe.make(plain.x, (1, 1, 1), generator) for recipe in draws(baselines, 2.0)]
-    parts = torch.randperm(samples, generator=generator)
-    along = (parts + torch.rand(samples, generator=generator)) / samples
+    shares = torch.rand(samples, generator=generator)
     width = noise * (plain.x.max() - plain.x.min())
     points = []
     for n in range(samples):
@@ -233,7 +232,7 @@ def drawn(plain, samples, baselines, noise):
             end = end + width * torch.randn(end.shape, generator=generator, dtype=end.dtype)
         k = n % baselines
         of_baseline = sum(m % baselines == k for m in range(samples))
-        t = float(along[n])
+        t = (n // baselines + float(shares[n])) / of_baseline
         points.append((1 / baselines / of_baseline, k, end, starts[k] + t * (end - starts[k])))
     return starts, points
 
