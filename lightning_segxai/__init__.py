@@ -28,6 +28,7 @@ _HOMES = {
     "methods.deeplift": ["DeepLift", "DeepLiftShap", "LayerDeepLift"],
     "methods.gradients": ["InputXGradient", "Saliency"],
     "methods.guided": ["Deconvolution", "GuidedBackprop", "GuidedGradCAM"],
+    "methods.layer_guided": ["LayerGuidedBackprop"],
     "methods.layer_integral": ["LayerIntegratedGradients"],
     "methods.layer_paths": ["InternalInfluence", "LayerConductance", "LayerGradientShap"],
     "methods.layers": ["LayerActivation", "LayerGradientXActivation"],

@@ -246,7 +246,7 @@ class _Eye:
         inputs = inputs.detach().requires_grad_(not forward_only)
         with (
             torch.set_grad_enabled(not forward_only),
-            _constant(self.predictor.module),
+            constant(self.predictor.module),
             tapped(self.predictor.module, set(self.resolved.values())) as taps,
         ):
             logits = self.predictor.window_logits(inputs, mode)
@@ -321,7 +321,7 @@ class _View:
 
 
 @contextmanager
-def _constant(module: nn.Module) -> Iterator[None]:
+def constant(module: nn.Module) -> Iterator[None]:
     """Parameters without gradients, so that what has one depends on the input."""
     trained = [p for p in module.parameters() if p.requires_grad]
     for p in trained:

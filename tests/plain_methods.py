@@ -1,4 +1,4 @@
-"""What the methods say, written down plainly: slow, one network at a time, with nothing of ours.
+"""What the methods say, written down plainly: slow, one network at a time, with nothing of ours but `spread`.
 
 Gradients are by autograd and a hook; rules by other modules in the place of activations,
 convolutions and norms.
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
+from lightning_segxai.taps import spread
+
 RECTIFIERS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 ACTIVATIONS = (*RECTIFIERS, nn.Sigmoid)
 CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
@@ -30,9 +32,9 @@ class Plain:
         self.region = (probe.label == 1).double()
         self.voxels = int(self.region.sum())
 
-    def of(self, net):
-        """The same with another network."""
-        return Plain(net, self.probe, self.layer)
+    def at(self, layer):
+        """The same, looked at in another layer."""
+        return Plain(self.net, self.probe, layer)
 
     def score(self, x):
         """The summed logits of class 1 in the region, of all rows."""
@@ -75,6 +77,11 @@ class Plain:
         if values.shape == self.x.shape[1:]:
             return values
         return F.interpolate(values[None, None], self.x.shape[1:], mode="trilinear")[0, 0]
+
+    def spread(self, values):
+        """Trilinear, the sum kept."""
+        shape = tuple(self.x.shape[1:])
+        return spread(values, shape, tuple(slice(0, size) for size in shape))
 
 
 def nodes(steps):
@@ -135,26 +142,38 @@ def walking_layer(plain, steps):
     return ((here - there) * total).sum(0)
 
 
-def replaced(net, kinds, make):
-    """A copy of a network with other modules in the place of some kinds, each made once."""
-    net, made = copy.deepcopy(net).requires_grad_(False), {}
+def swapped(net, kinds, make):
+    """The network with other modules in the place of some kinds; each is made once."""
+    made = {}
     for parent in list(net.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, kinds):
                 if hasattr(child, "inplace"):
                     child.inplace = False
-                made.setdefault(id(child), make(child))
+                if id(child) not in made:
+                    made[id(child)] = _Swapped(make(child))
                 parent._modules[name] = made[id(child)]
     return net
 
 
+class _Swapped(nn.Module):
+    """A function in the place of a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class _Ruled(torch.autograd.Function):
-    """A value, and how a gradient at it goes back to each of some tensors."""
+    """A value, and how the gradient there goes back to each of some tensors."""
 
     @staticmethod
     def forward(ctx, value, back, *tensors):
         ctx.back = back
-        return value.detach().clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx, gradient):
@@ -163,23 +182,11 @@ class _Ruled(torch.autograd.Function):
         return None, None, *(found if isinstance(found, tuple) else (found,))
 
 
-class _Module(nn.Module):
-    """A function of a tensor in the place of a module."""
-
-    def __init__(self, function, **known):
-        super().__init__()
-        self.function = function
-        vars(self).update(known)
-
-    def forward(self, x):
-        return self.function(x)
-
-
 # --- guided
 
 
-def guided(net, derivative):
-    """A copy whose rectifiers let only what is positive back, times their derivative or not."""
+def guided(plain, derivative):
+    """Rectifiers let only what is positive back, times their derivative or not."""
 
     def make(rectifier):
         def rectify(x):
@@ -191,72 +198,207 @@ def guided(net, derivative):
 
             return _Ruled.apply(rectifier(x.detach()), back, x)
 
-        return _Module(rectify)
+        return rectify
 
-    return replaced(net, RECTIFIERS, make)
+    net = swapped(copy.deepcopy(plain.net), RECTIFIERS, make)
+    x = plain.x[None].clone().requires_grad_()
+    logits = net(x)
+    return torch.autograd.grad((logits[:, 1] * plain.region).sum(), x)[0][0].sum(0)
 
 
 # --- relevance
 
 
 def relevance(plain, excitation=False, contrast=False):
-    """LRP by z+, w2 at the input; or excitation, for or against: the relevance of the input."""
-    net = copy.deepcopy(plain.net)
-    merged, of_input, last = _traced(net, plain.x)
-    net.load_state_dict(plain.net.state_dict())
-    by_name = {module: name for name, module in net.named_modules()}
-    tags = {id(plain.net.get_submodule(name)): module for module, name in by_name.items()}
-    copies = {}
+    """LRP by z+, w2 at the input; or excitation, for or against: the relevance of the input.
 
-    def conv(module):
-        original = names[id(module)]
-        first = original in of_input
-        weight = -module.weight if contrast and original is last else module.weight
-        bias = module.bias if module.bias is not None else torch.zeros(module.out_channels)
-        wide = (-1, 1, 1, 1, 1) if isinstance(module, nn.Conv3d) else (1, -1, 1, 1, 1)
-
-        def pass_on(x, value, scale, shift):
-            """Of the convolution and the norm behind it, as one."""
-            share = _Shares(module, weight * scale.reshape(wide), bias * scale + shift, excitation)
-            back = partial(share, x.detach(), value.detach(), first=first)
-            return _Ruled.apply(value, back, x)
-
-        def convolve(x):
-            copies[original] = (pass_on, x)
-            value = module(x.detach())
-            return pass_on(x, value, torch.ones_like(bias), torch.zeros_like(bias))
-
-        return _Module(convolve)
-
-    def norm(module):
-        original = names[id(module)]
-
-        def normalize(x):
-            value = module(x.detach())
-            if original not in merged:
-                return _unchanged(x, value)
-            pass_on, given = copies[merged[original]]
-            return pass_on(given, value, *_constants(module, x.detach()))
-
-        return _Module(normalize)
+    A convolution and the norm behind it are one convolution; activations, and norms behind
+    anything else, pass relevance on.
+    """
+    net, given = copy.deepcopy(plain.net), {}
+    merged, of_input, last = _traced(net, plain.x[None])
 
     def make(module):
         if isinstance(module, CONVOLUTIONS):
-            return conv(module)
-        if isinstance(module, NORMS):
-            return norm(module)
-        return _Module(lambda x: _unchanged(x, module(x.detach())))
+            bias = torch.zeros(module.out_channels) if module.bias is None else module.bias.clone()
+            sign = -1 if contrast and module is last else 1
+            first = module in of_input
 
-    kinds = (*CONVOLUTIONS, *NORMS, *ACTIVATIONS)
-    names = {}
-    ruled = copy.deepcopy(net)
-    for name, module in ruled.named_modules():
-        names[id(module)] = net.get_submodule(name)
-    del tags
-    _replace(ruled, kinds, make)
+            def weighing(scale, shift):
+                weight = sign * module.weight * scale.reshape(_OUT[type(module)])
+                return partial(_shares, module, weight, bias * scale + shift, excitation, first)
+
+            def convolve(x):
+                given[module] = x, weighing
+                share = weighing(torch.ones_like(bias), torch.zeros_like(bias))
+                return _passed(x, module(x.detach()), share, first)
+
+            return convolve
+
+        def other(x):
+            value = module(x.detach())
+            if module not in merged:
+                return _passed(x, value, lambda _, relevance: relevance, False)
+            before, weighing = given[merged[module]]
+            share = weighing(*_constants(module, x.detach()))
+            return _passed(before, value, share, merged[module] in of_input)
+
+        return other
+
+    swapped(net, (*CONVOLUTIONS, *NORMS, *ACTIVATIONS), make)
     x = plain.x[None].clone().requires_grad_()
-    logits = ruled(x)
-    weights = torch.zeros_like(logits)
-    weights[:, 1] = plain.region
-    seed = weights / _away(logits.detach(), 1e-12) if excitation else weights
+    logits = net(x)
+    seed = torch.zeros_like(logits)
+    seed[:, 1] = plain.region
+    if excitation:
+        seed = seed / _away_from_zero(logits.detach(), 1e-12)
     return torch.autograd.grad(logits, x, seed)[0][0].sum(0)
+
+
+_OUT = {nn.Conv3d: (-1, 1, 1, 1, 1), nn.ConvTranspose3d: (1, -1, 1, 1, 1)}
+
+
+def _passed(x, value, share, is_input):
+    """Relevance is value times gradient; at the network's input the gradient is the relevance."""
+    at, y = x.detach().clone(), value.clone()
+
+    def back(gradient):
+        relevance = share(at, y * gradient)
+        return relevance if is_input else torch.where(at == 0, 0, relevance / at)
+
+    return _Ruled.apply(value, back, x)
+
+
+def _shares(module, weight, bias, excitation, first, x, relevance):
+    """What each voxel of the input gets of what each of the output has."""
+
+    def convolve(values, weights):
+        without = {} if module.bias is None else {"bias": torch.zeros_like(module.bias)}
+        return torch.func.functional_call(module, {"weight": weights, **without}, (values,))
+
+    if first and not excitation:
+        parts, absorbed = [(torch.ones_like(x), weight**2)], bias**2
+    else:
+        parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
+        absorbed = bias.clamp(min=0)
+    parts = [(values.requires_grad_(), weights) for values, weights in parts]
+    sums = [convolve(*part) for part in parts]
+    whole = sum(sums).detach()
+    if not excitation:
+        whole = whole + absorbed[:, None, None, None]
+    of_one = relevance / _away_from_zero(whole, 1e-12 if excitation else 1e-6)
+    return sum(
+        values.detach() * torch.autograd.grad(made, values, of_one)[0]
+        for (values, _), made in zip(parts, sums, strict=True)
+    )
+
+
+def _away_from_zero(values, epsilon):
+    return values + torch.where(values < 0, -epsilon, epsilon)
+
+
+def _constants(norm, x):
+    """Scale and shift of each channel that a norm comes down to at its input."""
+    if isinstance(norm, nn.BatchNorm3d):
+        mean, variance = norm.running_mean, norm.running_var
+    else:
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else x.shape[1]
+        each = x.reshape(groups, -1)
+        mean, variance = (
+            m.repeat_interleave(x.shape[1] // groups)
+            for m in (each.mean(1), each.var(1, correction=0))
+        )
+    weight = 1 if norm.weight is None else norm.weight
+    bias = 0 if norm.bias is None else norm.bias
+    scale = weight / torch.sqrt(variance + norm.eps)
+    return scale, bias - mean * scale
+
+
+def _traced(net, x):
+    """The convolution before each norm that has one; those of the input; the last one."""
+    answers, merged, of_input, calls = [], {}, set(), []
+
+    def after(module, args, output):
+        answers.append((module, output, output._version))
+        calls.append(module)
+        if args[0] is x:
+            of_input.add(module)
+
+    def before(module, args):
+        for conv, output, version in answers:
+            if args[0] is output and output._version == version:
+                merged[module] = conv
+
+    handles = [
+        m.register_forward_hook(after)
+        if isinstance(m, CONVOLUTIONS)
+        else m.register_forward_pre_hook(before)
+        for m in net.modules()
+        if isinstance(m, (*CONVOLUTIONS, *NORMS))
+    ]
+    net(x)
+    for handle in handles:
+        handle.remove()
+    return merged, of_input, calls[-1]
+
+
+# --- the rescale rule
+
+
+def rescaled_layer(plain):
+    """Slopes between the two answers, from the logits down to the layer, times its difference."""
+
+    def make(module):
+        if isinstance(module, RECTIFIERS):
+            return lambda x: _slope(module, x)
+
+        def normalize(x):
+            groups = module.num_groups if isinstance(module, nn.GroupNorm) else x.shape[1]
+            each = x.reshape(len(x), groups, -1)
+            off = each - each.mean(2, keepdim=True)
+            variance = _product(off, off).mean(2, keepdim=True)
+            scale = _slope(lambda v: torch.rsqrt(v + module.eps), variance)
+            y = _product(off, scale.expand_as(off)).reshape(x.shape)
+            if module.weight is None:
+                return y
+            wide = (-1, 1, 1, 1)
+            return y * module.weight.reshape(wide) + module.bias.reshape(wide)
+
+        return normalize
+
+    of = Plain(plain.net, plain.probe, plain.layer)
+    swapped(of.net, (*RECTIFIERS, nn.InstanceNorm3d, nn.GroupNorm), make)
+    _, layer, multiplier = of.look([plain.x, plain.blurred])
+    return ((layer[0] - layer[1]) * multiplier[0]).sum(0)
+
+
+def _slope(function, x):
+    """Rise over run; the derivative where the two are equal."""
+
+    def back(gradient):
+        at = x.detach().requires_grad_()
+        y = function(at)
+        [derivative] = torch.autograd.grad(y.sum(), at)
+        run, rise = x.detach()[0] - x.detach()[1], (y[0] - y[1]).detach()
+        equal = run.abs() < 1e-14 * x.detach().abs().amax(0)
+        return gradient * torch.where(equal, derivative[0], rise / torch.where(equal, 1, run))
+
+    return _Ruled.apply(function(x.detach()), back, x)
+
+
+def _product(a, b):
+    """Each factor gets the mean of the other."""
+
+    def back(gradient):
+        return gradient * b.detach().mean(0), gradient * a.detach().mean(0)
+
+    return _Ruled.apply(a.detach() * b.detach(), back, a, b)
+
+
+# --- hiding
+
+
+def fallen(plain, masks):
+    """How far the score falls where the baseline shows in each mask."""
+    rows = [torch.where(mask, plain.blurred, plain.x) for mask in masks]
+    return [float(plain.score(plain.x[None]) - plain.score(row[None])) for row in rows]
