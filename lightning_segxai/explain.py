@@ -33,6 +33,7 @@ from lightning_segxai.values import (
     Probe,
     Status,
     UnsupportedError,
+    Volume,
     checked_name,
 )
 
@@ -168,17 +169,12 @@ class _Explanation:
 
     def _resolve(self, cell: _Cell) -> None:
         """Find the cell's layers and ways, so that a wrong one fails by itself."""
-        layers = [cell.method.layer] if cell.method.layer else []
         parts = cell.method.parts
         for part in parts:
-            layers += part.layers
             hash((part.trajectory, part.rule))  # it is a key
         cell.parts = parts
-        if layers:
-            window = self.x[(slice(None), *self.windows.places[0])]
-            rehearsal = self.predictor.rehearse(window)
-            found = [resolve_layer(self.predictor, rehearsal, layer) for layer in layers]
-            cell.layer = found[0] if cell.method.layer else ""
+        found = resolved_layers(self.predictor, self.x, cell.method)
+        cell.layer = found[0] if cell.method.layer else ""
 
     def _predict(self) -> None:
         self._aim(self.predictor.predict(self.x))
@@ -299,6 +295,20 @@ class _Explanation:
         total, absolute = float(made.double().sum()), float(made.double().abs().sum())
         cell.error = abs(total - difference) / abs(difference)
         cell.cancellation = absolute / abs(difference)
+
+
+def resolved_layers(predictor: Predictor, x: Volume, method: AttributionMethod) -> list[str]:
+    """The full paths of the layers that a method asks for, its own first.
+
+    Raises:
+        ValueError: if there is no such layer, or its output is no volume.
+    """
+    layers = [method.layer] if method.layer else []
+    layers += [layer for part in method.parts for layer in part.layers]
+    if not layers:
+        return []
+    rehearsal = predictor.rehearse(x[(slice(None), *predictor.windows(x.shape[1:]).places[0])])
+    return [resolve_layer(predictor, rehearsal, layer) for layer in layers]
 
 
 def _cells(parts: list[_Part]) -> list[_Cell]:

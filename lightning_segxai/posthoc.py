@@ -19,6 +19,7 @@ from torch import nn
 from lightning_segxai.callback import AttributionMonitor
 from lightning_segxai.data.probes import read_probe, to_file_grid
 from lightning_segxai.examine import cost
+from lightning_segxai.explain import resolved_layers
 from lightning_segxai.failures import Mistakes
 from lightning_segxai.focus.overlap import dice
 from lightning_segxai.folder import RunFolder
@@ -107,6 +108,9 @@ def explain_file(
     if predictor.window is None and hasattr(data, "patch_size"):
         predictor = replace(predictor, window=as_shape(data.patch_size, "patch_size"))
     questions = monitor.questions
+    with undisturbed(module, monitor.seed):  # a wrong name is told before the work, not after it
+        for method in questions.methods.values():
+            resolved_layers(predictor, probe.image.to(predictor.device), method)
     total = cost(predictor, [probe], questions.targets, questions.methods)
     mistakes = Mistakes(_told)
     with _progress(predictor, total.passes, f"explaining {probe.name}"):

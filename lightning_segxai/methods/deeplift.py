@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank, draws
 from lightning_segxai.methods.base import Complete, LookMethod
+from lightning_segxai.methods.paths import Gain
 from lightning_segxai.passes import Look
 from lightning_segxai.rules.compared import Rescaled
 from lightning_segxai.rules.statistics import Norm
@@ -18,28 +19,20 @@ from lightning_segxai.trajectories import Pair
 from lightning_segxai.values import Map, Volume
 
 
-@dataclass(eq=False)
-class _Difference:
-    """The map so far, and the baseline's score."""
-
-    values: Tensor
-    start: float = 0.0
-
-
 class _Comparison(LookMethod):
     """A method of the volume beside its baselines, complete at the input."""
 
-    def start(self, model: ScoredModel, x: Volume) -> _Difference:
+    def start(self, model: ScoredModel, x: Volume) -> Gain:
         """A volume of zeros."""
-        return _Difference(torch.zeros_like(x))
+        return Gain(torch.zeros_like(x))
 
-    def update(self, state: _Difference, look: Look) -> None:
+    def update(self, state: Gain, look: Look) -> None:
         """Gather the multiplier times the difference."""
         weight = look.point.weight
         state.values[look.at] += weight * look.point.way(look.place) * look.gradient
         state.start += weight * look.partner_score
 
-    def finish(self, model: ScoredModel, x: Volume, state: _Difference) -> Complete:
+    def finish(self, model: ScoredModel, x: Volume, state: Gain) -> Complete:
         """Sum the channels."""
         return Complete(state.values.sum(dim=0), state.start)
 

@@ -12,7 +12,7 @@ from lightning_segxai.passes import constant
 from lightning_segxai.rules.interception import refuse_unseen
 from lightning_segxai.rules.rectified import Rectified
 from lightning_segxai.scored import Passes, ScoredModel, in_pieces
-from lightning_segxai.taps import resolve_layer, tapped, to_window
+from lightning_segxai.taps import resolve_layer, spread, tapped
 from lightning_segxai.values import Map, Shape, Volume
 from lightning_segxai.windows import Place
 
@@ -72,7 +72,7 @@ class LayerGuidedBackprop(AttributionMethod):
             said = said.sum(dim=1) if self.channel is None else said[:, self.channel]
             total = torch.stack(
                 [
-                    (to_window(one, rehearsal.padded, p) * windows.share(p, x.dtype).to(x)).sum()
+                    (spread(one, rehearsal.padded, p) * windows.share(p, x.dtype).to(x)).sum()
                     for one, p in zip(said.to(x.dtype), batch, strict=True)
                 ]
             ).sum()

@@ -19,7 +19,7 @@ from lightning_segxai.values import Map, Shape, Volume
 
 
 @dataclass(eq=False)
-class _Gain:
+class Gain:
     """The map so far, and the baselines' score."""
 
     values: Tensor
@@ -29,18 +29,18 @@ class _Gain:
 class _PathMethod(LookMethod):
     """The gradient times the way gone, averaged over points; complete."""
 
-    def start(self, model: ScoredModel, x: Volume) -> _Gain:
+    def start(self, model: ScoredModel, x: Volume) -> Gain:
         """A volume of zeros."""
-        return _Gain(torch.zeros_like(x))
+        return Gain(torch.zeros_like(x))
 
-    def update(self, state: _Gain, look: Look) -> None:
+    def update(self, state: Gain, look: Look) -> None:
         """Gather the weighted gradient times the way, and the score of a baseline."""
         if look.point.weight > 0:
             state.values[look.at] += look.point.weight * look.point.way(look.place) * look.gradient
         elif look.point.along == 0:
             state.start += look.score
 
-    def gained(self, state: _Gain, baselines: int) -> Complete:
+    def gained(self, state: Gain, baselines: int) -> Complete:
         """Sum the channels."""
         return Complete(state.values.sum(dim=0), state.start / baselines)
 
@@ -108,7 +108,7 @@ class IntegratedGradients(_PathMethod):
         """Frozen norms, if asked for."""
         return Frozen() if self.norm == "frozen" else None
 
-    def finish(self, model: ScoredModel, x: Volume, state: _Gain) -> Complete:
+    def finish(self, model: ScoredModel, x: Volume, state: Gain) -> Complete:
         """Sum the channels."""
         return self.gained(state, 1)
 
@@ -169,7 +169,7 @@ class ExpectedGradients(_PathMethod):
         """Points on the ways from several baselines."""
         return scatter(self, self.samples, self.baselines, self.noise, self.sigma_mm)
 
-    def finish(self, model: ScoredModel, x: Volume, state: _Gain) -> Complete:
+    def finish(self, model: ScoredModel, x: Volume, state: Gain) -> Complete:
         """Sum the channels."""
         return self.gained(state, self.baselines)
 
