@@ -30,7 +30,7 @@ class Baseline:
         blank: ``blurred``: the volume under a Gaussian; ``noise``: normal noise of each channel's
             mean and standard deviation; ``minimum``: each channel's smallest value; ``zero``; or a
             number that fills the volume.
-        sigma_mm: Standard deviation of the Gaussian in millimetres.
+        sigma_mm: Standard deviation of the Gaussian in millimeters.
         draw: Which of several noises.
 
     Raises:
@@ -68,7 +68,7 @@ class Baseline:
 
         Args:
             x: The volume.
-            spacing_mm: Edge lengths of a voxel in millimetres.
+            spacing_mm: Edge lengths of a voxel in millimeters.
             generator: A CPU generator for the noise, so that it is the same on every device.
         """
         if self.blank == "blurred":

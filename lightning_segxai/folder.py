@@ -123,7 +123,7 @@ class RunFolder:
         Args:
             path: Where to; ends in ``.nii.gz``.
             values: The volume; a fourth axis, if any, is the last.
-            affine: Voxel indices to world millimetres.
+            affine: Voxel indices to world millimeters.
             note: Up to 79 ASCII characters for the header.
         """
         image = nib.Nifti1Image(_storable(values), affine)

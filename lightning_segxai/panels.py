@@ -1,6 +1,6 @@
 """Single tiles of a montage: anatomy, the prediction's errors, a map projected and in a slice.
 
-Tiles show the plane of i (to the right) and j (up), in millimetres: a voxel is as wide and high as
+Tiles show the plane of i (to the right) and j (up), in millimeters: a voxel is as wide and high as
 its spacing says.
 """
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_segxai.rules.interception import Interception, Rule, refuse_unseen
 from lightning_segxai.rules.lean import Lean
 from lightning_segxai.scored import Predictor, ScoredModel, in_pieces
-from lightning_segxai.taps import resolve_layer, tapped
+from lightning_segxai.taps import resolve_layer, tapped, widened
 from lightning_segxai.trajectories import Point, Trajectory
 from lightning_segxai.values import Logits, Probe, Shape, UnsupportedError, Volume
 from lightning_segxai.windows import Place
@@ -143,16 +143,19 @@ def walk(
     def look(batch: list[_Sight]) -> list[_Seen]:
         nonlocal folds, models
         view = eye.look(batch)
-        if folds is None:
-            folds = aim(view.logits[0].detach())
-            models = list({id(fold.model): fold.model for fold in folds}.values())
-        return [
-            view.of(
-                torch.stack([model.window_weights(windows, sight.place) for sight in batch]),
-                keep=model is not models[-1],
-            )
-            for model in models
-        ]
+        try:
+            if folds is None:
+                folds = aim(view.logits[0].detach())
+                models = list({id(fold.model): fold.model for fold in folds}.values())
+            return [
+                view.of(
+                    torch.stack([model.window_weights(windows, sight.place) for sight in batch]),
+                    keep=model is not models[-1],
+                )
+                for model in models
+            ]
+        finally:
+            view.mode.close()
 
     sights = _sights(trajectory, x, probe, generator, windows.places)
     for batch, seen in in_pieces(
@@ -244,15 +247,19 @@ class _Eye:
         origins = [sight.point.origin for sight in batch]
         mode = self.rule.interception(origins, self.convolutions) if self.rule else Lean()
         inputs = inputs.detach().requires_grad_(not forward_only)
-        with (
-            torch.set_grad_enabled(not forward_only),
-            constant(self.predictor.module),
-            tapped(self.predictor.module, set(self.resolved.values())) as taps,
-        ):
-            logits = self.predictor.window_logits(inputs, mode)
-        if self.rule is not None and not forward_only and not self.checked:
-            refuse_unseen(logits, self.predictor.module, mode)
-            self.checked = True
+        try:
+            with (
+                torch.set_grad_enabled(not forward_only),
+                constant(self.predictor.module),
+                tapped(self.predictor.module, set(self.resolved.values())) as taps,
+            ):
+                logits = self.predictor.window_logits(inputs, mode)
+            if self.rule is not None and not forward_only and not self.checked:
+                refuse_unseen(logits, self.predictor.module, mode)
+                self.checked = True
+        except Exception:  # above all where memory ran out
+            mode.close()
+            raise
         activations = {asked: taps[name] for asked, name in self.resolved.items()}
         return _View(self.rule, mode, len(batch), inputs, logits, activations)
 
@@ -284,8 +291,8 @@ class _View:
         else:
             found = [torch.zeros((), dtype=t.dtype, device=t.device).expand_as(t) for t in wanted]
         gradient, *by_layer = found
-        kept = {name: a.detach() for name, a in self.activations.items()}
-        names = dict(zip(self.activations, by_layer, strict=True))
+        kept = {name: widened(a.detach()) for name, a in self.activations.items()}
+        names = dict(zip(self.activations, map(widened, by_layer), strict=True))
         return _Seen(scores, partner_scores, gradient, kept, names)
 
     def _gradients(

@@ -126,7 +126,12 @@ def activations(
 
     for batch, found in in_pieces(windows.places, predictor.batch(windows.places[0]), look):
         for place, activation in zip(batch, found, strict=True):
-            yield place, activation, rehearsal.padded
+            yield place, widened(activation), rehearsal.padded
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision in float32: sums over a layer overflow in it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def weighted(channels: Float[Tensor, "c i j k"], weights: Float[Tensor, " c"]) -> Map:

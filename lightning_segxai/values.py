@@ -1,7 +1,7 @@
 """The values that travel through the house: a probe goes in, attributions and records come out.
 
 Every other module imports these and nothing here imports them. Volumes are indexed ``c i j k``:
-``i, j, k`` are voxel indices in the order TorchIO keeps (RAS after ``ToCanonical``); millimetres
+``i, j, k`` are voxel indices in the order TorchIO keeps (RAS after ``ToCanonical``); millimeters
 come from ``spacing_mm``.
 """
 
@@ -89,8 +89,8 @@ class Probe:
         name: Its name in tables, files and panels; letters, digits, ``.``, ``_``, ``-``.
         image: What the network is given, after all preprocessing.
         label: Class index of every voxel, where the truth is known.
-        spacing_mm: Edge lengths of a voxel along i, j, k in millimetres.
-        affine: Voxel indices to world millimetres, 4x4; made from ``spacing_mm`` where it is None.
+        spacing_mm: Edge lengths of a voxel along i, j, k in millimeters.
+        affine: Voxel indices to world millimeters, 4x4; made from ``spacing_mm`` where it is None.
         regions: Named masks, such as ``brain``, for metrics that ask for them.
         preprocessing: The text form (``repr``) of what was done to the image; part of the
             fingerprint.

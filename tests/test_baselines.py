@@ -26,8 +26,8 @@ def test_zero_minimum_and_a_number_are_constant():
         assert torch.equal(lowest[channel], torch.full_like(X[0], float(X[channel].min())))
 
 
-def test_blurred_is_scipys_gaussian_in_millimetres():
-    """Each channel by itself; the width is in millimetres, so fewer voxels where they are long."""
+def test_blurred_is_scipys_gaussian_in_millimeters():
+    """Each channel by itself; the width is in millimeters, so fewer voxels where they are long."""
     made = make(Baseline("blurred", 1.5))
     for channel in range(2):
         oracle = gaussian_filter(X[channel].numpy(), (3.0, 1.5, 0.75), mode="nearest")

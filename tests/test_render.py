@@ -212,8 +212,8 @@ def test_scales_grow_brighter(sign, signed):
         ((40, 20, 8), (0.5, 2.0, 1.0), (160, 320)),
     ],
 )
-def test_tiles_are_isotropic_in_millimetres(shape, spacing, size):
-    """A tile is as wide and high as its millimetres, whatever the spacing along k."""
+def test_tiles_are_isotropic_in_millimeters(shape, spacing, size):
+    """A tile is as wide and high as its millimeters, whatever the spacing along k."""
     view = panels.View.of(Probe("p", torch.zeros(1, *shape), spacing_mm=spacing), 320)
     assert (view.width, view.height) == size
 

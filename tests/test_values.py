@@ -78,7 +78,7 @@ def test_a_wrong_probe_says_what_is_wrong(changes, message):
 
 
 def test_the_affine_follows_the_spacing():
-    """Without an affine, voxel indices times the spacing are millimetres."""
+    """Without an affine, voxel indices times the spacing are millimeters."""
     assert np.array_equal(probe(spacing_mm=(0.5, 1.0, 2.0)).affine, np.diag([0.5, 1.0, 2.0, 1.0]))
 
 

@@ -31,7 +31,7 @@ class PhantomCohort:
     Args:
         subjects: How many.
         shape: Voxels along i, j, k.
-        spacing_mm: Edge lengths of a voxel in millimetres.
+        spacing_mm: Edge lengths of a voxel in millimeters.
         seed: Another seed gives other heads.
 
     Raises:

@@ -1,6 +1,6 @@
 """Artificial arterial trees whose every radius, branch and path is known.
 
-The geometry behind the phantom; ``phantom.py`` paints it. Points are in millimetres, and the center
+The geometry behind the phantom; ``phantom.py`` paints it. Points are in millimeters, and the center
 of voxel ``(i, j, k)`` is at ``(i, j, k) * spacing_mm``.
 """
 
@@ -136,7 +136,7 @@ def grow_tree(
     if not 0 < min_radius_mm <= thickest:
         raise ValueError(
             f"`grow_tree` needs 0 < min_radius_mm <= inlet_radius_mm, but got {min_radius_mm} and "
-            f"{thickest}. Radii are in millimetres."
+            f"{thickest}. Radii are in millimeters."
         )
     grower = _Grower(brain, rng, size / 120, min(spacing_mm), min_radius_mm)
     for index in range(inlets):

@@ -27,11 +27,11 @@ LEAST = NODES * (STRETCHES + 2)
 """The fewest points with which a stretch can be divided."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Between(Trajectory):
     """A stretch of the straight line, and some points of it that are only looked at forward."""
 
-    baseline: Baseline
+    baseline: Volume
     low: float
     high: float
     edges: tuple[float, ...]
@@ -50,7 +50,7 @@ class _Between(Trajectory):
         self, x: Volume, probe: Probe, generator: torch.Generator
     ) -> Iterator[tuple[Point, ...]]:
         """The edges, and the nodes of Gauss-Legendre between them."""
-        start = self.baseline.make(x, probe.spacing_mm, generator)
+        start = self.baseline
         nodes, weights = np.polynomial.legendre.leggauss(NODES)
         width = self.high - self.low
         yield (
@@ -116,10 +116,11 @@ def refined(
 ) -> Complete:
     """Divide, again and again, the stretch whose gradients miss its gain of score by most."""
     scores: dict[float, float] = {}
+    start = baseline.make(x, model.probe.spacing_mm, model.generator())
 
     def stretch(low: float, high: float) -> tuple[float, float, float, Map]:
         edges = tuple(edge for edge in (low, high) if edge not in scores)
-        method = _Stretch(_Between(baseline, low, high, edges), rule)
+        method = _Stretch(_Between(start, low, high, edges), rule)
         part = method.looked(model, x)
         scores.update(part.scores)
         values = method.finish(model, x, part)

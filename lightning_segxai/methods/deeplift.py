@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank, draws
 from lightning_segxai.methods.base import Complete, LookMethod
 from lightning_segxai.methods.paths import Gain
 from lightning_segxai.passes import Look
 from lightning_segxai.rules.compared import Rescaled
-from lightning_segxai.rules.statistics import Norm
+from lightning_segxai.rules.statistics import Norm, check_norm
 from lightning_segxai.scored import ScoredModel
 from lightning_segxai.taps import spread
 from lightning_segxai.trajectories import Pair
-from lightning_segxai.values import Map, Volume
+from lightning_segxai.values import Map, UnsupportedError, Volume
 
 
 class _Comparison(LookMethod):
@@ -52,7 +51,7 @@ class DeepLift(_Comparison):
     Args:
         baseline: ``blurred``, ``noise``, ``minimum``, ``zero``, or a number; each is blind to
             something, as `IntegratedGradients` says.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         norm: ``frozen``: instance, group and layer norms with the volume's statistics as constants;
             the map is complete for that network, whose score at the baseline is another one, and
             does not explain what the norms measure. ``exact``: the norms' statistics are explained
@@ -60,7 +59,7 @@ class DeepLift(_Comparison):
             variance, then makes it cancel without bound.
 
     Raises:
-        ValueError: for an unknown baseline or a width that is not positive.
+        ValueError: for an unknown baseline or norm, or a width that is not positive.
         UnsupportedError: for a network without activation, pooling, product or norm, or one that
             cannot be seen into.
 
@@ -75,6 +74,7 @@ class DeepLift(_Comparison):
 
     def __post_init__(self) -> None:
         Baseline(self.baseline, self.sigma_mm)
+        check_norm(self, self.norm)
 
     @property
     def trajectory(self) -> Pair:
@@ -99,7 +99,7 @@ class DeepLiftShap(_Comparison):
 
     Args:
         baselines: Number of baselines.
-        sigma_mm: Standard deviation of the first blur in millimetres.
+        sigma_mm: Standard deviation of the first blur in millimeters.
         norm: ``frozen`` or ``exact``, as for `DeepLift`.
 
     Raises:
@@ -119,6 +119,7 @@ class DeepLiftShap(_Comparison):
         if self.baselines < 1:
             raise ValueError(f"`DeepLiftShap(baselines={self.baselines})` must be at least 1.")
         draws(self.baselines, self.sigma_mm)
+        check_norm(self, self.norm)
 
     @property
     def trajectory(self) -> Pair:
@@ -129,6 +130,15 @@ class DeepLiftShap(_Comparison):
     def rule(self) -> Rescaled:
         """Rescale."""
         return Rescaled(self.norm)
+
+
+@dataclass(eq=False)
+class _Layered:
+    """The map so far; and what the scores gain, and the input's multipliers share out of it."""
+
+    values: Map
+    gain: float = 0.0
+    shared: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -144,11 +154,11 @@ class LayerDeepLift(LookMethod):
     Args:
         layer: Dotted path of the layer, or ``auto``, as for `GradCAM`.
         baseline: As for `DeepLift`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         norm: ``frozen`` or ``exact``, as for `DeepLift`.
 
     Raises:
-        ValueError: for an unknown baseline or a width that is not positive.
+        ValueError: for an unknown baseline or norm, or a width that is not positive.
         UnsupportedError: as for `DeepLift`.
 
     References:
@@ -163,6 +173,7 @@ class LayerDeepLift(LookMethod):
 
     def __post_init__(self) -> None:
         Baseline(self.baseline, self.sigma_mm)
+        check_norm(self, self.norm)
 
     @property
     def trajectory(self) -> Pair:
@@ -174,17 +185,26 @@ class LayerDeepLift(LookMethod):
         """Rescale."""
         return Rescaled(self.norm)
 
-    def start(self, model: ScoredModel, x: Volume) -> Tensor:
+    def start(self, model: ScoredModel, x: Volume) -> _Layered:
         """A map of zeros."""
-        return x.new_zeros(x.shape[1:])
+        return _Layered(x.new_zeros(x.shape[1:]))
 
-    def update(self, state: Tensor, look: Look) -> None:
-        """Gather the multiplier times the difference."""
+    def update(self, state: _Layered, look: Look) -> None:
+        """Gather the multiplier times the difference, at the layer, and its sum at the input."""
         shown = look.layers[self.layer]
         assert shown.baseline is not None  # the rule compares the two
         product = ((shown.activation - shown.baseline) * shown.gradient).sum(dim=0)
-        state[look.place] += spread(product.to(state.dtype), look.padded, look.place)
+        state.values[look.place] += spread(product.to(state.values.dtype), look.padded, look.place)
+        state.gain += look.score - look.partner_score
+        state.shared += float((look.point.way(look.place) * look.gradient).double().sum())
 
-    def finish(self, model: ScoredModel, x: Volume, state: Tensor) -> Map:
-        """The map as it was gathered."""
-        return state
+    def finish(self, model: ScoredModel, x: Volume, state: _Layered) -> Map:
+        """The map as it was gathered, if at the input nothing is missing."""
+        missing = abs(state.shared - state.gain)
+        if missing > 0.1 * abs(state.gain) and missing > 1e-3 * model.voxels:
+            raise UnsupportedError(
+                f"`{self}` shares out {state.shared:.3g} of a difference of scores of "
+                f"{state.gain:.3g}: the network has something that its rule does not see. Use "
+                "`LayerConductance`."
+            )
+        return state.values

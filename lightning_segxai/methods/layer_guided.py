@@ -78,6 +78,7 @@ class LayerGuidedBackprop(AttributionMethod):
             ).sum()
             with mode.resumed():
                 [gradient] = torch.autograd.grad(total, inputs)
+            mode.close()
             return gradient
 
         values = x.new_zeros(x.shape[1:])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_segxai.baselines import Baseline, Blank
 from lightning_segxai.methods.base import AttributionMethod, Complete
+from lightning_segxai.passes import constant
 from lightning_segxai.scored import Passes, ScoredModel, in_pieces
-from lightning_segxai.taps import resolve_layer, spread, tapped
+from lightning_segxai.taps import resolve_layer, spread, tapped, widened
 from lightning_segxai.values import Shape, Volume
 from lightning_segxai.windows import Place
 
@@ -32,7 +33,7 @@ class LayerIntegratedGradients(AttributionMethod):
         layer: Dotted path of the layer, or ``auto``, as for `GradCAM`.
         steps: Points on the path.
         baseline: As for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
 
     Raises:
         ValueError: for less than one step, an unknown baseline or a width that is not positive.
@@ -80,7 +81,7 @@ class LayerIntegratedGradients(AttributionMethod):
             with torch.no_grad(), tap as taps:
                 predictor.window_logits(torch.stack(batch))
             calls = tap.calls[name]
-            return taps[name].detach()
+            return widened(taps[name].detach())
 
         size = min(2, predictor.batch(place))
         here, there = (a for _, found in in_pieces([x[at], base[at]], size, answer) for a in found)
@@ -88,7 +89,8 @@ class LayerIntegratedGradients(AttributionMethod):
         def look(batch: list[float]) -> tuple[Tensor, Tensor]:
             inner = torch.stack([torch.lerp(there, here, t) for t in batch])
             inner.requires_grad_(torch.is_grad_enabled())
-            with _replaced(predictor.module.get_submodule(name), inner, calls):
+            replaced = _replaced(predictor.module.get_submodule(name), inner, calls)
+            with constant(predictor.module), replaced:
                 logits = predictor.window_logits(x[at].expand(len(batch), *x[at].shape))
             score = (weights * logits).sum()
             if not (inner.requires_grad and score.requires_grad):
@@ -125,7 +127,7 @@ class _replaced:  # noqa: N801 - a context manager reads like a verb
         def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
-            return self.values.clone() if calls == self.calls else output
+            return self.values.to(output.dtype, copy=True) if calls == self.calls else output
 
         self.handle = self.module.register_forward_hook(hook)
 

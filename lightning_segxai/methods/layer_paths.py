@@ -47,7 +47,7 @@ class LayerConductance(LookMethod):
         layer: Dotted path of the layer, or ``auto``, as for `GradCAM`.
         steps: Points on the path.
         baseline: As for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
 
     Raises:
         ValueError: for less than one step, an unknown baseline or a width that is not positive.
@@ -114,7 +114,7 @@ class InternalInfluence(LookMethod):
         layer: Dotted path of the layer, or ``auto``, as for `GradCAM`.
         steps: Points on the path.
         baseline: As for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
 
     Raises:
         ValueError: for less than one step, an unknown baseline or a width that is not positive.
@@ -180,7 +180,7 @@ class LayerGradientShap(LookMethod):
         samples: Points.
         baselines: Number of baselines, at most the samples.
         noise: As for `ExpectedGradients`; the layer's difference is that without noise.
-        sigma_mm: Standard deviation of the first blur in millimetres.
+        sigma_mm: Standard deviation of the first blur in millimeters.
 
     Raises:
         ValueError: as for `ExpectedGradients`.

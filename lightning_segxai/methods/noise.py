@@ -228,5 +228,5 @@ def _check(method: SmoothGrad | SquareGrad | VarGrad, least: int) -> None:
     who = type(method).__name__
     if method.samples < least:
         raise ValueError(f"`{who}(samples={method.samples})` must be at least {least}.")
-    if method.noise < 0:
+    if not method.noise >= 0:
         raise ValueError(f"`{who}(noise={method.noise})` must not be negative.")

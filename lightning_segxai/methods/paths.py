@@ -12,7 +12,7 @@ from lightning_segxai.methods import adaptive
 from lightning_segxai.methods.base import Complete, LookMethod
 from lightning_segxai.passes import Look
 from lightning_segxai.rules.compared import Frozen
-from lightning_segxai.rules.statistics import Norm
+from lightning_segxai.rules.statistics import Norm, check_norm
 from lightning_segxai.scored import Passes, ScoredModel
 from lightning_segxai.trajectories import Line, Scatter
 from lightning_segxai.values import Map, Shape, Volume
@@ -61,15 +61,15 @@ class IntegratedGradients(_PathMethod):
             blind to evidence at its own value, and has no variance: networks with instance or
             group norm amplify it without bound. ``blurred`` is blind to what is smoother than
             ``sigma_mm``; ``noise`` adds chance.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         norm: ``exact``: instance, group and layer norms follow every point of the path, and the map
             is complete for the network itself; ``frozen``: they keep the volume's statistics as
             constants, and it is complete for that network, whose path is smoother; its passes are
             twice as many.
         adaptive: Spend the steps where they are needed: start with four stretches of the path, and
             divide the one whose gradients miss its gain of score by most. For the same steps the
-            completeness error is smaller where the score jumps on the way; the passes are not
-            shared, and a map of each stretch is kept.
+            completeness error is smaller where the score jumps on the way, and larger where the way
+            is smooth; the passes are not shared, and a map of each stretch is kept.
 
     Raises:
         ValueError: for less than one step (24, if adaptive), an unknown baseline or a width that is
@@ -95,6 +95,7 @@ class IntegratedGradients(_PathMethod):
                 f"`IntegratedGradients(steps={self.steps}{how})` must be at least {least}."
             )
         Baseline(self.baseline, self.sigma_mm)
+        check_norm(self, self.norm)
 
     @property
     def trajectory(self) -> Line | None:
@@ -144,7 +145,7 @@ class ExpectedGradients(_PathMethod):
         baselines: Number of baselines, at most the samples.
         noise: Standard deviation of noise added to the volume at each sample, as a fraction of its
             intensity range.
-        sigma_mm: Standard deviation of the first blur in millimetres.
+        sigma_mm: Standard deviation of the first blur in millimeters.
 
     Raises:
         ValueError: for less than one sample or baseline, more baselines than samples, negative
@@ -184,6 +185,6 @@ def scatter(
     """
     if not 1 <= baselines <= samples:
         raise ValueError(f"`{who}` needs at least one baseline, and a sample for each.")
-    if noise < 0:
+    if not noise >= 0:
         raise ValueError(f"`{who}` needs a noise that is not negative.")
     return Scatter(samples, draws(baselines, sigma_mm), noise)

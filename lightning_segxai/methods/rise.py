@@ -26,7 +26,7 @@ class RISE(AttributionMethod):
     It is the paper's map with the masks' own coverage in place of its expectation, minus the mean
     score: the paper explains probabilities; a logit has no zero, and a mean that is large beside
     its changes would drown them in the chance of coverage. Masks are made on a lattice of cubes, 0
-    or 1, put at a random place and interpolated linearly, as wide in millimetres along all axes,
+    or 1, put at a random place and interpolated linearly, as wide in millimeters along all axes,
     and of the whole volume. For a linear network it is, up to chance, ``1 - keep`` times the effect
     of the voxel's surroundings; with ``samples`` to infinity noise falls by their root. Costs
     ``samples`` forward passes, in memory that does not grow with them.
@@ -36,7 +36,7 @@ class RISE(AttributionMethod):
         cells: Cubes along the longest axis.
         keep: Probability that a node of the lattice is kept, in (0, 1).
         baseline: What hides, as for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         perturbations_per_pass: Perturbed volumes that are made and scored at once; ``auto``: as
             many as windows go through the network at once.
 

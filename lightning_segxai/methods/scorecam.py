@@ -39,7 +39,7 @@ class ScoreCAM(AttributionMethod):
         layer: Dotted path of the layer, or ``auto``, as for `GradCAM`.
         channels: Number of channels at most: of a layer with more, those of the largest variance.
         baseline: What hides, as for `IntegratedGradients`; the paper's is ``zero``.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         perturbations_per_pass: Perturbed volumes that are made and scored at once; ``auto``: as
             many as windows go through the network at once.
 

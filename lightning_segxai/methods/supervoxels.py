@@ -30,7 +30,7 @@ def supervoxels(
 
     Args:
         image: The volume.
-        spacing_mm: Edge lengths of a voxel in millimetres.
+        spacing_mm: Edge lengths of a voxel in millimeters.
         count: The number wanted.
         compactness: Difference of intensity, as a fraction of the volume's range, that counts as
             much as the distance from one supervoxel to the next.

@@ -16,27 +16,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_segxai.rules import lean
 from lightning_segxai.rules.interception import (
-    RECTIFIERS,
-    SQUASHERS,
+    ELEMENTWISE,
+    UNRULED,
     Interception,
     Rule,
     through,
 )
 from lightning_segxai.rules.statistics import NORMS, Norm, Normalization, refuse_mixing
 from lightning_segxai.values import UnsupportedError, Volume
-
-_ELEMENTWISE = (
-    RECTIFIERS
-    | SQUASHERS
-    | {"exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "abs", "reciprocal", "pow", "erf"}
-)
-
-_UNRULED = frozenset(
-    {"amax", "amin", "max", "min", "maximum", "minimum", "norm", "vector_norm", "std", "var"}
-    | {"normalize", "rms_norm", "local_response_norm", "glu", "multi_head_attention_forward"}
-    | {"logsumexp", "cumprod", "prod", "cosine_similarity", "bilinear", "softmin", "lstm", "gru"}
-)
-"""Functions that are not linear and have no rule; what is in them would not be seen."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +34,7 @@ class Frozen(Rule):
     """
 
     partner = "origin"
+    of_activations: ClassVar[bool] = False
     changes: ClassVar[str] = "instance, group or layer norm"
     instead: ClassVar[str] = '`norm="exact"`'
 
@@ -129,7 +117,7 @@ class _Rescaling(_Freezing):
         }
         self.handlers = {
             **self.handlers,
-            **dict.fromkeys(_ELEMENTWISE, self.elementwise),
+            **dict.fromkeys(ELEMENTWISE, self.elementwise),
             **pools,
             "mul": self.product,
             "matmul": self.product,
@@ -140,18 +128,8 @@ class _Rescaling(_Freezing):
             "softmax": self.softmax,
             "log_softmax": self.softmax,
             "scaled_dot_product_attention": self.attention,
-            **{name: self._refusal(name) for name in _UNRULED},
+            **{name: self.refusal(name) for name in UNRULED},
         }
-
-    def _refusal(self, name: str) -> Callable[..., Any]:
-        def refuse(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if any(map(_varies, args)):
-                raise UnsupportedError(
-                    f"`{self.rule}` has no rule for `{name}`. Use `IntegratedGradients`."
-                )
-            return plain(*args, **kwargs)
-
-        return refuse
 
     def elementwise(
         self, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any

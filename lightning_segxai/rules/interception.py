@@ -41,6 +41,20 @@ SQUASHERS = frozenset(
 )
 """Names of the other activations."""
 
+ELEMENTWISE = (
+    RECTIFIERS
+    | SQUASHERS
+    | {"exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "abs", "reciprocal", "pow", "erf"}
+)
+"""Names of the functions of each number by itself."""
+
+UNRULED = frozenset(
+    {"amax", "amin", "max", "min", "maximum", "minimum", "norm", "vector_norm", "std", "var"}
+    | {"normalize", "rms_norm", "local_response_norm", "glu", "multi_head_attention_forward"}
+    | {"logsumexp", "cumprod", "prod", "cosine_similarity", "bilinear", "softmin", "lstm", "gru"}
+)
+"""Functions that are not linear and have no rule; what is in them would not be seen."""
+
 
 class Rule(ABC):
     """How some functions run backward. A subclass is a frozen dataclass, so equal rules are one."""
@@ -51,6 +65,8 @@ class Rule(ABC):
     """What functions it changes, for the error where a network has none."""
     instead: ClassVar[str] = ""
     """What to use on a network that has none."""
+    of_activations: ClassVar[bool] = True
+    """Whether it changes activations, and one that it did not see makes its map wrong."""
 
     @abstractmethod
     def interception(self, origins: Sequence[Volume], convolutions: int) -> Interception:
@@ -72,7 +88,7 @@ class Rule(ABC):
             UnsupportedError: for scripted and traced modules.
         """
         for name, part in module.named_modules():
-            if isinstance(part, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+            if isinstance(part, torch.jit.ScriptModule):
                 where = f"its part {name}" if name else "it"
                 raise UnsupportedError(
                     f"`{self}` cannot see into `{type(module).__name__}`: {where} is scripted or "
@@ -91,6 +107,7 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.rule = rule
         self.met = 0
+        self.kept = 0  # activations whose own node stays in the graph
         self.handlers: Mapping[str, Callable[..., Any]] = {}
         self.parameters: set[nn.Parameter] = set()
 
@@ -115,6 +132,11 @@ class Interception(TorchFunctionMode):
         finally:
             for p in trained:
                 p.requires_grad_(True)
+
+    def close(self) -> None:
+        """Let go of all tensors at once: handlers refer to it, and it to them."""
+        self.handlers = {}
+        self.parameters.clear()
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -155,6 +177,18 @@ class Interception(TorchFunctionMode):
     def fresh(self, x: Tensor) -> Tensor:
         """A tensor as it is before it is written into."""
         return x.clone()
+
+    def refusal(self, name: str) -> Callable[..., Any]:
+        """What stands for a function without a rule."""
+
+        def refuse(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                raise UnsupportedError(
+                    f"`{self.rule}` has no rule for `{name}`. Use `IntegratedGradients`."
+                )
+            return plain(*args, **kwargs)
+
+        return refuse
 
     def other(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A function that no handler is for."""
@@ -230,6 +264,13 @@ def _parameters(func: Function) -> tuple[str, ...]:
     return tuple(inspect.signature(func, follow_wrapped=False).parameters)
 
 
+_RECTIFYING = frozenset(
+    {"Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardswish"}
+    | {"Hardtanh", "RreluWithNoise", "DifferentiableGraph"}
+)
+"""Names of the nodes that activations leave in a graph, and scripted functions."""
+
+
 class _Through(torch.autograd.Function):
     """One value forward, another's gradient backward."""
 
@@ -268,12 +309,16 @@ def refuse_unseen(logits: Tensor, module: nn.Module, mode: Interception) -> None
     assert mode.rule is not None
     network = type(module).__name__
     waiting, seen = [logits.grad_fn], set()
+    rectifiers = clamps = 0
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
+        kind = node.name().split("::")[-1].split("Backward")[0]
+        rectifiers += kind in _RECTIFYING
+        clamps += kind in ("Clamp", "ClampMin", "Threshold")
         custom: Any = getattr(type(node), "_forward_cls", None)
         if isinstance(custom, FunctionMeta):
             if getattr(custom, "own", False):
@@ -288,7 +333,19 @@ def refuse_unseen(logits: Tensor, module: nn.Module, mode: Interception) -> None
                 f"`{custom.__name__}` of `{network}`. Use its plain form in the network, or "
                 f"{mode.rule.instead}."
             )
-    if mode.met == 0:
+    head = getattr(mode, "head", None)
+    if head is not None and head not in seen:
+        raise UnsupportedError(
+            f"`{mode.rule}` negates the last convolution that `{network}` runs, but its logits do "
+            "not come from there. Run auxiliary heads before the main one, or not at all."
+        )
+    if mode.rule.of_activations and rectifiers > mode.kept:
+        raise UnsupportedError(
+            f"`{mode.rule}` could not see all activations of `{network}`: a scripted function, or "
+            "one that torch runs in parts, has some. Use plain functions in the network, or "
+            f"{mode.rule.instead}."
+        )
+    if mode.met == 0 or (mode.kept and not rectifiers + clamps):  # none before a layer, say
         raise UnsupportedError(
             f"`{mode.rule}` found no {mode.rule.changes} in `{network}`, so its map would be that "
             f"of the plain gradient. Use {mode.rule.instead}."

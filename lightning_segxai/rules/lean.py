@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_segxai.rules.interception import Interception
@@ -34,6 +35,8 @@ class _Scaled(torch.autograd.Function):
 
 def batch_norm(plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A BatchNorm with running statistics; with those of the batch, it is torch's own."""
+    if plain is not F.batch_norm:  # torch's own form has its arguments in another order
+        return plain(x, *args, **kwargs)
     if not (x.requires_grad and torch.is_grad_enabled()) or of_batch(x, args, kwargs):
         return plain(x, *args, **kwargs)
     with torch.no_grad():

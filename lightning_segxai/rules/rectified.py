@@ -49,7 +49,9 @@ class _Rectifying(Interception):
         if not x.requires_grad:
             return y
         self.met += 1
-        if not self.rule.derivative:
+        if self.rule.derivative:
+            self.kept += 1
+        else:
             y = through(y, x)
         y.register_hook(lambda gradient: gradient.relu())
         return y

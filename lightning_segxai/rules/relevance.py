@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lightning_segxai.rules.interception import (
     CONVOLUTIONS,
-    RECTIFIERS,
-    SQUASHERS,
+    ELEMENTWISE,
+    UNRULED,
     Interception,
     Rule,
     named,
@@ -117,15 +117,22 @@ class _Propagation(Interception):
         self.last_call = convolutions
         self.given: list[Tensor] = []
         self.latest: _Weighing | None = None
+        self.head: Any = None  # what the logits must come from, where it is negated
         self.handlers = {
             **{name: self._weigh(name) for name in CONVOLUTIONS},
             **{name: self._normalize(name) for name in NORMS},
             "batch_norm": self.batch_norm,
-            **dict.fromkeys(RECTIFIERS | SQUASHERS, self.passing),
             "mul": self.product,
             "matmul": self.product,
             "einsum": self.einsum,
             "clone": self.clone,
+        }
+        self.handlers |= dict.fromkeys(ELEMENTWISE, self.passing)
+        self.handlers |= dict.fromkeys(("softmax", "log_softmax"), self.constant)
+        self.handlers |= {name: self.refusal(name) for name in UNRULED}
+        self.handlers |= {
+            "div": self.quotient,
+            "scaled_dot_product_attention": self.attention,
         }
         if rule.excitation:
             self.handlers["add"] = self.sum
@@ -134,6 +141,11 @@ class _Propagation(Interception):
         """From here on the input is known."""
         self.given.append(given)
         return super().watching(given)
+
+    def close(self) -> None:
+        """And of the input and the latest convolution."""
+        super().close()
+        self.given, self.latest = [], None
 
     def other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Linear functions obey LRP-0; at the input, value times gradient is made the gradient."""
@@ -195,9 +207,12 @@ class _Propagation(Interception):
             if bias is not None and name != "linear":  # whose channels are last
                 bias = bias.reshape(1, -1, *(1,) * (out.ndim - 2))
             weighing = _Weighing(out, *self._contributions(convolve, x, weight), bias)
-            if self.rule.contrast and self.last_call == 0:
+            negate = self.rule.contrast and self.last_call == 0
+            if negate:
                 weighing = weighing.negated()
             passed = self._passed(weighing, out, torch.ones(()).to(out), None)
+            if negate:
+                self.head = weighing.positive.grad_fn
             self.latest = weighing.handed_on(passed)
             return passed
 
@@ -306,6 +321,29 @@ class _Propagation(Interception):
 
     def _value_over(self, x: Tensor, y: Tensor) -> Tensor:
         return through(y, x * (y / stabilized(x, _TINY)).detach())
+
+    def constant(
+        self, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Shares of a softmax only weigh what they are multiplied with."""
+        return plain(x, *args, **kwargs).detach()
+
+    def quotient(self, plain: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> Tensor:
+        """The numerator gets all of the relevance."""
+        a, b = self._weighed(a), self._weighed(b)
+        return plain(a, b.detach() if isinstance(b, Tensor) else b, **kwargs)
+
+    def attention(
+        self,
+        plain: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The values get all of the relevance; the shares only weigh them."""
+        return plain(q.detach(), k.detach(), self._weighed(v), *args, **kwargs)
 
     def product(self, plain: Callable[..., Tensor], a: Any, b: Any, *args: Any) -> Tensor:
         """Each factor gets half of the relevance."""

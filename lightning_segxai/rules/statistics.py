@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,13 @@ NORMS = frozenset(("instance_norm", "group_norm", "layer_norm"))
 
 Norm = Literal["frozen", "exact"]
 """How a rule treats them: statistics as constants, or written out as mean, product and rsqrt."""
+
+
+def check_norm(who: object, norm: str) -> None:
+    """Raise a ValueError for another word."""
+    if norm not in get_args(Norm):
+        raise ValueError(f"`{type(who).__name__}(norm={norm!r})` must be frozen or exact.")
+
 
 _SIGNATURES = {name: inspect.signature(getattr(F, name)) for name in (*NORMS, "batch_norm")}
 
@@ -43,9 +50,7 @@ class Normalization:
     @classmethod
     def of(cls, name: str, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Read a call; None where it uses fixed running statistics, as batch norm in eval does."""
-        given = _SIGNATURES[name].bind(x, *args, **kwargs)
-        given.apply_defaults()
-        call = given.arguments
+        call = _bound(name, x, args, kwargs)
         shape, weight, bias = tuple(x.shape), call.get("weight"), call.get("bias")
         if name == "layer_norm":
             axes = tuple(range(x.ndim - len(call["normalized_shape"]), x.ndim))
@@ -75,6 +80,9 @@ class Normalization:
     def constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift that the norm comes down to at ``x``, its statistics as constants."""
         with torch.no_grad():
+            if x.dtype in (torch.float16, torch.bfloat16):  # squares overflow in half precision
+                scale, shift = self.constants(x.float())
+                return scale.to(x.dtype), shift.to(x.dtype)
             mean = self.mean(x)
             scale = (self.mean((x - mean) ** 2) + self.epsilon).rsqrt()
             if self.scale is not None:
@@ -91,9 +99,7 @@ def running_constants(
     Raises:
         UnsupportedError: where it uses the statistics of the batch.
     """
-    given = _SIGNATURES[name].bind(x, *args, **kwargs)
-    given.apply_defaults()
-    call = given.arguments
+    call = _bound(name, x, args, kwargs)
     if name == "batch_norm":
         refuse_batch_statistics(call)
     scale = (call["running_var"] + call["eps"]).rsqrt()
@@ -116,9 +122,7 @@ def refuse_batch_statistics(call: Mapping[str, Any]) -> None:
 
 def of_batch(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a batch norm's statistics are those of the batch."""
-    given = _SIGNATURES["batch_norm"].bind(x, *args, **kwargs)
-    given.apply_defaults()
-    return _mixes(given.arguments)
+    return _mixes(_bound("batch_norm", x, args, kwargs))
 
 
 def _mixes(call: Mapping[str, Any]) -> bool:
@@ -127,9 +131,25 @@ def _mixes(call: Mapping[str, Any]) -> bool:
 
 def refuse_mixing(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse a batch norm whose statistics are those of the batch."""
-    given = _SIGNATURES["batch_norm"].bind(x, *args, **kwargs)
+    refuse_batch_statistics(_bound("batch_norm", x, args, kwargs))
+
+
+def _bound(
+    name: str, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by their names.
+
+    Raises:
+        UnsupportedError: for torch's own form of it, whose arguments have another order.
+    """
+    try:
+        given = _SIGNATURES[name].bind(x, *args, **kwargs)
+    except TypeError as error:
+        raise UnsupportedError(
+            f"Rules know `torch.nn.functional.{name}`, not `torch.{name}`. Call that."
+        ) from error
     given.apply_defaults()
-    refuse_batch_statistics(given.arguments)
+    return given.arguments
 
 
 def _of_channels(values: Tensor | None, x: Tensor) -> Tensor | None:

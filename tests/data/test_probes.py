@@ -43,7 +43,7 @@ def brightest_world(array, affine):
 
 
 def test_read_probe_is_ras_and_keeps_the_world(tmp_path):
-    """A file stored LPS becomes RAS: turned voxels, same millimetres, same label below them."""
+    """A file stored LPS becomes RAS: turned voxels, same millimeters, same label below them."""
     image = noise()
     image[2, 3, 4] = 500
     path = write(tmp_path / "head.nii.gz", image)

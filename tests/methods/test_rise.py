@@ -98,7 +98,7 @@ def test_as_much_is_kept_as_asked_at_every_voxel(keep):
     assert deviation < 5 * (keep * (1 - keep) / 3000) ** 0.5
 
 
-def test_cells_are_cubes_in_millimetres():
+def test_cells_are_cubes_in_millimeters():
     """Neighbors one millimetre apart are as alike along every axis."""
     probe = a_probe((16, 8, 4), spacing_mm=(0.5, 1.0, 2.0))
     masks = masks_of(RISE(800, 2), probe) - 0.5

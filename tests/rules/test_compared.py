@@ -340,7 +340,9 @@ def test_complete(name):
         for norm in ("exact", "frozen")
         if (baseline, norm) != ("zero", "frozen") or name != "MONAI BasicUNet"  # it is slow
     }
-    found = explain(Predictor(network(name)), PROBE, {"t": TARGET}, methods)
+    # of this seed no difference of scores vanishes
+    net = network(name, seed=0)
+    found = explain(Predictor(net), PROBE, {"t": TARGET}, methods)
     for one in found:
         assert one.status == "ok", one.reason
         assert one.completeness_error <= 1e-9 + 1e-15 * one.cancellation

@@ -38,7 +38,7 @@ class FeatureAblation(HidingMethod):
             much as the distance from one supervoxel to the next: small ones follow edges, large
             ones are cubes.
         baseline: What hides, as for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         perturbations_per_pass: Perturbed volumes that are made and scored at once; ``auto``: as
             many as windows go through the network at once.
 

@@ -30,7 +30,7 @@ class Occlusion(AttributionMethod):
         size_voxels: Edge of the cube.
         stride_voxels: Step from one cube to the next, at most the edge.
         baseline: What hides, as for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         perturbations_per_pass: Perturbed volumes that are made and scored at once; ``auto``: as
             many as windows go through the network at once.
 

@@ -35,7 +35,7 @@ class ShapleyValueSampling(HidingMethod):
             `FeatureAblation`.
         samples: Number of orders.
         baseline: What hides, as for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         perturbations_per_pass: Perturbed volumes that are made and scored at once, or ``auto``.
 
     Raises:

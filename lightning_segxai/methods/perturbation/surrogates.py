@@ -42,7 +42,7 @@ class KernelShap(HidingMethod):
             `FeatureAblation`.
         samples: Number of settings: more than supervoxels, better several times as many.
         baseline: What hides, as for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         perturbations_per_pass: Perturbed volumes that are made and scored at once, or ``auto``.
 
     Raises:
@@ -112,7 +112,7 @@ class Lime(HidingMethod):
         penalty: The ``α`` of the Lasso, in logits of the mean over the target's region.
         kernel_width: The ``σ`` of the weights, in cosine distance: 0 to 1.
         baseline: What hides, as for `IntegratedGradients`.
-        sigma_mm: Standard deviation of the blur in millimetres.
+        sigma_mm: Standard deviation of the blur in millimeters.
         perturbations_per_pass: Perturbed volumes that are made and scored at once, or ``auto``.
 
     Raises:

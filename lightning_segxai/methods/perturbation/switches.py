@@ -104,7 +104,7 @@ class HidingMethod(SupervoxelMethod):
     @property
     @abstractmethod
     def sigma_mm(self) -> float:
-        """Standard deviation of the blur in millimetres."""
+        """Standard deviation of the blur in millimeters."""
 
     def switches(self, model: ScoredModel, x: Volume) -> Switches:
         """The supervoxels of the volume, with the baseline behind."""
