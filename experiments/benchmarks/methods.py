@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from volumes import SCALES, probe
 
 from lightning_segxai import (
+    LRP,
     AttributionMethod,
     ClassEvidence,
     DeepLift,
@@ -180,7 +181,13 @@ def memory() -> None:
         aside = {k * voxels for k in (1, 2, 4, 8, 16)}
 
         def work(image: Tensor = image, label: Tensor = label) -> None:
-            methods = {"s": Saliency(), "guided": GuidedBackprop(), "dl": DeepLift("minimum")}
+            methods = {
+                "saliency": Saliency(),
+                "guided": GuidedBackprop(),
+                "deeplift": DeepLift("minimum"),
+                "lrp": LRP(),
+                "hires": HiResCAM(),
+            }
             examine(net, [Probe("v", image, label)], TARGET, methods, window=64, overlap=0.0)
 
         peaks.append(peak_bytes(work, aside))

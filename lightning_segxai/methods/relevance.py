@@ -39,9 +39,9 @@ class LRP(GradientMethod):
             nothing explodes; ``epsilon``: $x_i w_{ij}$, signed, close to the gradient times input.
         first: The first convolution, whose input is signed and may be zero where it matters:
             ``w2``: $w_{ij}^2$, spread evenly, of which the bias takes its square; ``zb``: $x_i
-            w_{ij} - l w_{ij}^+ - h w_{ij}^-$, intensities between the volume's lowest and highest; ``same``:
-            as the others. Where the network's first function is no convolution, that one's is
-            ``same``.
+            w_{ij} - l w_{ij}^+ - h w_{ij}^-$, intensities between the volume's lowest and highest;
+            ``same``: as the others. Where the network's first function is no convolution, that
+            one's is ``same``.
         epsilon: Keeps denominators from zero, and absorbs weak and contradictory relevance.
 
     Raises:
