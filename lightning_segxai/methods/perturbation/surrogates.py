@@ -186,7 +186,7 @@ class _InDouble:
 
     def fit(self, train_data: Iterable[list[Tensor]], **settings: Any) -> Any:
         """Fit settings, scores and weights."""
-        return super().fit([[t.double() for t in batch] for batch in train_data], **settings)  # type: ignore[misc]
+        return super().fit([[t.double() for t in batch] for batch in train_data], **settings)  # type: ignore[misc]  # Captum is untyped
 
 
 class _LeastSquares(_InDouble, SkLearnLinearRegression):
