@@ -13,10 +13,23 @@ from typing import Any
 
 _HOMES = {
     "callback": ["AttributionMonitor"],
+    "consistency": ["DeformationConsistency"],
+    "data.choice": ["Landmark", "ProbeChoice"],
+    "data.deformation": ["RandomSplineDeformation"],
+    "data.intensity": ["ForegroundNormalization", "PercentileScaling"],
     "data.module": ["MRADataModule"],
     "data.phantom": ["Phantom", "paint_tof", "tof_phantom"],
     "data.probes": ["ProbeFile", "read_probe"],
+    "data.sampling": [
+        "BalancedSampling",
+        "CaliberSampling",
+        "Sampling",
+        "UniformSampling",
+        "WeightedSampling",
+    ],
+    "data.sources": ["SubjectFiles"],
     "data.subjects": ["PhantomCohort"],
+    "deformations": ["SplineDeformation"],
     "examine": ["examine", "measure"],
     "focus.base": ["FocusMetric", "ShiftMetric"],
     "focus.location": ["AveragePrecision", "MassInside", "PointingHit", "RankInside", "Reach"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +17,10 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_segxai.checkpoints import segment
 from lightning_segxai.chronicle import Chronicle
-from lightning_segxai.data.probes import ProbeFile, batch_probes
+from lightning_segxai.data.batches import batch_probes
+from lightning_segxai.data.probes import ProbeFile
 from lightning_segxai.defaults import (
     default_methods,
     default_metrics,
@@ -320,10 +324,19 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
             folder = RunFolder(Path(self._resumed["folder"]))
             self.probes = tuple(folder.load_probe(name) for name in self._resumed["probes"])
         elif hasattr(trainer.datamodule, "probes"):
-            self.probes = tuple(trainer.datamodule.probes())
+            self.probes = tuple(self._of_datamodule(trainer))
         names = [probe.name for probe in self.probes]
         if len(set(names)) < len(names):
             raise ValueError(f"`AttributionMonitor` needs probes of different names, got {names}.")
+
+    def _of_datamodule(self, trainer: Any) -> list[Probe]:
+        """The data module's probes; one that looks for what a network missed gets the network."""
+        data = trainer.datamodule
+        if "segment" not in inspect.signature(data.probes).parameters:
+            return list(data.probes())
+        predictor = self._predictor_in(trainer, trainer.lightning_module)
+        window = getattr(data, "patch_size", None)
+        return list(data.probes(segment=partial(segment, predictor, trainer, window)))
 
     def _predictor_in(self, trainer: Any, pl_module: Any) -> Predictor:
         if self._own_predictor is None or self._own_predictor.module is not pl_module:
@@ -378,6 +391,9 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
             loggers=tuple(trainer.loggers),
         )
         self._chronicle = Chronicle.begin(run, self.sinks, self.keep, self._failures)
+        splits = getattr(trainer.datamodule, "splits", None)
+        if isinstance(splits, list):
+            self._chronicle.write_splits(splits)
         if resumed:
             self._chronicle.go_on(resumed, trainer.global_step)
             # The checkpoint may have been saved before the validation of its step.

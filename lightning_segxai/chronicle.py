@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,17 @@ class Chronicle:
         advance = partial(self.timeline.advance, seen.attributions, mean_dice(seen.records))
         self.failures.attempt("timeline", advance)
         self.last_step = seen.step
+
+    def write_splits(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Keep who trained and who validated; on resume, warn where that is not the same."""
+        before = self.run.folder.read_splits()
+        if before and before != [dict(row) for row in rows]:
+            warnings.warn(
+                f"`AttributionMonitor`: the resumed run was split otherwise (see "
+                f"{self.run.folder.root}/splits.csv): what it trained on may be validated on now.",
+                stacklevel=2,
+            )
+        self.failures.attempt("splits.csv", partial(self.run.folder.write_splits, rows))
 
     def write_metrics(self, epoch: int, step: int, logged: Mapping[str, float]) -> None:
         """Keep what the trainer logged at a validation."""

@@ -1,4 +1,4 @@
-"""The command line: ``segxai fit|validate|test|demo|layers|explain``."""
+"""The command line: ``segxai fit|validate|test|demo|data|layers|explain``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo", metavar="DIR", help="where to write")
     demo.set_defaults(run=_demo)
 
+    data = commands.add_parser("data", help="look at the data before training")
+    _add_config(data)
+    data.add_argument("--out", default="data-look", metavar="DIR", help="where the pictures go")
+    data.set_defaults(run=_data)
+
     layers = commands.add_parser("layers", help="the network's layers with their output shapes")
     _add_config(layers)
     layers.add_argument(
@@ -82,6 +87,12 @@ def _demo(chosen: argparse.Namespace) -> None:
     from lightning_segxai.demo import demo
 
     demo(chosen.out, partial(run_lightning, quiet=True))
+
+
+def _data(chosen: argparse.Namespace) -> None:
+    from lightning_segxai.inspection import inspect_data
+
+    inspect_data(configured(chosen.config).datamodule, chosen.out)
 
 
 def _layers(chosen: argparse.Namespace) -> None:
@@ -130,7 +141,7 @@ def run_lightning(args: list[str], *, run: bool = True, quiet: bool = False) -> 
 
     import lightning_segxai
     from lightning_segxai.callback import AttributionMonitor
-    from lightning_segxai.posthoc import read_checkpoint
+    from lightning_segxai.checkpoints import read_checkpoint
 
     if quiet:
         for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning"):

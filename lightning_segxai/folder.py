@@ -31,7 +31,7 @@ METRIC_COLUMNS = ("epoch", "step", "name", "value")
 
 _STAMP = re.compile(r"e(\d+)-s(\d+)\..+")
 _MAPS, _PREDICTIONS, _PANELS = "maps", "predictions", "panels"
-_RECORDS, _METRICS = "records.csv", "metrics.csv"
+_RECORDS, _METRICS, _SPLITS = "records.csv", "metrics.csv", "splits.csv"
 
 
 def moment(name: str) -> tuple[int, int] | None:
@@ -205,6 +205,8 @@ class RunFolder:
             "label": probe.label is not None,
             "regions": list(probe.regions),
             "preprocessing": probe.preprocessing,
+            "source": probe.source,
+            "voxels": probe.voxels,
         }
         self.write_json(content)
 
@@ -228,13 +230,28 @@ class RunFolder:
             affine=np.array(entry["affine"]),
             regions={r: self.read_nifti(paths[f"region-{r}"]).bool() for r in entry["regions"]},
             preprocessing=entry["preprocessing"],
+            source=entry["source"],
         )
-        if probe.fingerprint != entry["fingerprint"]:
+        if (probe.fingerprint, probe.voxels) != (entry["fingerprint"], entry["voxels"]):
             raise ValueError(
                 f'{paths["image"].parent} no longer holds the probe "{name}" of the run '
                 f"(fingerprint {entry['fingerprint']}, now {probe.fingerprint}). Restore its files."
             )
         return probe
+
+    def write_splits(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Write ``splits.csv``: the volumes, and which of them train, validate and test."""
+        table = io.StringIO()
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write_bytes(self.root / _SPLITS, table.getvalue().encode())
+
+    def read_splits(self) -> list[dict[str, str]]:
+        """All rows of ``splits.csv``; none where there is no such file."""
+        path = self.root / _SPLITS
+        return list(csv.DictReader(io.StringIO(path.read_text()))) if path.exists() else []
 
     def append_records(self, records: Iterable[Record]) -> None:
         """Add rows to ``records.csv``."""

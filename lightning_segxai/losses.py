@@ -31,7 +31,8 @@ class FocalTverskyLoss(nn.Module):
 
     Raises:
         ValueError: for a negative weight, a gamma or smooth that is not positive; in ``forward``
-            for a label of another shape, or with a class that the logits do not have.
+            for a label of another shape, or with a class that the logits do not have; in
+            `between` for two shapes.
 
     References:
         Salehi et al., "Tversky loss function for image segmentation using 3D fully convolutional
@@ -62,13 +63,32 @@ class FocalTverskyLoss(nn.Module):
     ) -> Float[Tensor, ""]:
         """The loss of one tensor of logits against the class of every voxel."""
         classes = _classes(logits, label)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        found = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, 1:]
+        found = foreground(logits)
         truth = torch.stack([classes == c for c in range(1, found.shape[1] + 1)], dim=1)
+        return self.between(found, truth.to(found.dtype))
+
+    def between(
+        self, found: Float[Tensor, "b classes i j k"], truth: Float[Tensor, "_ _ _ _ _"]
+    ) -> Float[Tensor, ""]:
+        """The loss of probabilities against a truth of probabilities, both without background.
+
+        Gradients flow to both. Against a truth that is not sure the least is not 0: for
+        ``p = y = 1/2`` everywhere, a half of what is there counts as missed.
+
+        Raises:
+            ValueError: for two shapes.
+        """
+        if found.shape != truth.shape:
+            raise ValueError(
+                f"`FocalTverskyLoss.between` needs two tensors of one shape, but got "
+                f"{tuple(found.shape)} and {tuple(truth.shape)}."
+            )
+        dtype = torch.promote_types(found.dtype, torch.float32)
+        found, truth = found.to(dtype), truth.to(dtype)
         voxels = (0, 2, 3, 4)
         hit = (found * truth).sum(voxels)
         error = self.alpha * ((1 - found) * truth).sum(voxels)
-        error = error + self.beta * (found * ~truth).sum(voxels)
+        error = error + self.beta * (found * (1 - truth)).sum(voxels)
         # 1 - TI without its cancellation; below 1 the power's slope at 0 is infinite, and infinity
         # times a saturated sigmoid's slope of 0 would be NaN: the clamp makes that gradient 0
         missing = error / (hit + error + self.smooth)
@@ -140,6 +160,40 @@ def heads(outputs: Any) -> tuple[Float[Tensor, "b classes _ _ _"], ...]:
         "A network needs to return logits of five axes (b classes i j k), or a tuple, list or "
         f"dict of such tensors, but returned {found}. Wrap it in a module that does."
     )
+
+
+def finest(outputs: Any, shape: Sequence[int], net: nn.Module) -> Float[Tensor, "b classes i j k"]:
+    """The first of a network's outputs that has the size of its input.
+
+    Args:
+        outputs: See `heads`.
+        shape: Voxels of the input.
+        net: What gave the outputs, for the error.
+
+    Raises:
+        ValueError: where no output has that size.
+    """
+    several = heads(outputs)
+    for logits in several:
+        if logits.shape[2:] == torch.Size(shape):
+            return logits
+    raise ValueError(
+        "A segmentation needs a network whose logits have the size of its input, "
+        f"{tuple(shape)}, but `{type(net).__name__}` returned "
+        f"{', '.join(str(tuple(logits.shape[2:])) for logits in several)}."
+    )
+
+
+def foreground(logits: Float[Tensor, "b channels i j k"]) -> Float[Tensor, "b classes i j k"]:
+    """Probabilities of the classes but the background, in float32 or better.
+
+    >>> foreground(torch.zeros(1, 1, 1, 1, 1)).flatten().tolist()
+    [0.5]
+    >>> foreground(torch.zeros(1, 4, 1, 1, 1)).flatten().tolist()
+    [0.25, 0.25, 0.25]
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, 1:]
 
 
 def _classes(logits: Tensor, label: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from rich.table import Table
 from torch import nn
 
 from lightning_segxai.callback import AttributionMonitor
-from lightning_segxai.data.probes import read_probe, to_file_grid
+from lightning_segxai.checkpoints import load_weights
+from lightning_segxai.data.file_grid import to_file_grid
+from lightning_segxai.data.probes import read_probe
 from lightning_segxai.examine import cost
 from lightning_segxai.explain import resolved_layers
 from lightning_segxai.failures import Mistakes
@@ -146,46 +148,6 @@ def explain_file(
     if probe.label is not None:
         print(f"Dice {dice(seen.predictions[probe.name], probe.label):.3f}")
     print(f"written to {folder.root}")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of Lightning.
-
-    Raises:
-        ValueError: if there is none, or it is none, or it holds more than plain data.
-    """
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}.")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        content["state_dict"]
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
-        raise ValueError(
-            f"{path} is not a checkpoint of Lightning that loads with `weights_only=True` "
-            f"({type(error).__name__}). Give the file that `segxai fit` saved."
-        ) from error
-    return content
-
-
-def load_weights(module: nn.Module, path: Path) -> tuple[int, int]:
-    """Load a checkpoint's weights; never anything that could run code.
-
-    Returns:
-        Epoch and global step of the checkpoint.
-
-    Raises:
-        ValueError: if the file is no checkpoint, or of another network.
-    """
-    content = read_checkpoint(path)
-    try:
-        module.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2]
-        raise ValueError(
-            f"{path} holds weights of another network than the configuration's "
-            f"`{type(module).__name__}`.{''.join(first)}"
-        ) from error
-    return int(content.get("epoch", 0)), int(content.get("global_step", 0))
 
 
 def _told(probe: str, target: str, method: str, error: Exception) -> None:

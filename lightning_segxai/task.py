@@ -14,7 +14,8 @@ from scipy.ndimage import label as label_pieces
 from skimage.morphology import skeletonize
 from torch import Tensor, nn
 
-from lightning_segxai.losses import DeepSupervision, FocalTverskyLoss, heads
+from lightning_segxai.consistency import DeformationConsistency
+from lightning_segxai.losses import DeepSupervision, FocalTverskyLoss, finest, heads
 from lightning_segxai.values import as_shape
 from lightning_segxai.windows import Windows
 
@@ -26,7 +27,7 @@ class SegmentationTask(pl.LightningModule):
     background. What the network returns (a tensor, or the tuple of a supervised one) goes to the
     loss as it is; everything else looks at its first output of full resolution. Logged are
     ``train_loss`` at every step, and over the epoch ``val_loss``, ``val_dice`` and
-    ``val_cldice`` (``test_`` in tests).
+    ``val_cldice`` (``test_`` in tests); with ``consistency`` also ``train_consistency``.
     Both scores are in [0, 1], means over volumes and foreground classes; a class that is neither
     in the label nor in the prediction of a volume has no score and does not count, and where none
     counts in the whole epoch they are NaN. A loss that is NaN is logged and returned as it is.
@@ -39,6 +40,8 @@ class SegmentationTask(pl.LightningModule):
         window: Voxels of the windows by which validation and prediction go through a volume;
             without it, the network takes volumes whole.
         overlap: Share of a window that the next one covers again, in [0, 1).
+        consistency: Trains on deformed volumes too, and for the same prediction there; without it,
+            on volumes as they come.
     """
 
     def __init__(
@@ -48,14 +51,16 @@ class SegmentationTask(pl.LightningModule):
         lr: float = 1e-3,
         window: int | Sequence[int] | None = None,
         overlap: float = 0.5,
+        consistency: DeformationConsistency | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["net", "loss"])
+        self.save_hyperparameters(ignore=["net", "loss", "consistency"])
         self.net = net
         self.loss = DeepSupervision(FocalTverskyLoss()) if loss is None else loss
         self.lr = lr
         self.window = None if window is None else as_shape(window, "window")
         self.overlap = overlap
+        self.consistency = consistency
 
     def forward(self, x: Float[Tensor, "b c i j k"]) -> Any:
         """What the network returns."""
@@ -66,7 +71,7 @@ class SegmentationTask(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of all outputs."""
+        """The loss of all outputs, and what ``consistency`` adds."""
         image, label = _image(batch), _label(batch)
         outputs = self(image)
         several = len(heads(outputs))
@@ -76,6 +81,13 @@ class SegmentationTask(pl.LightningModule):
                 "`FocalTverskyLoss` takes one. Wrap it: `DeepSupervision(FocalTverskyLoss())`."
             )
         loss: Tensor = self.loss(outputs, label)
+        if self.consistency is not None:
+            step = (self.current_epoch, batch_idx, self.global_rank)
+            deformed, difference = self.consistency.terms(
+                self, self.loss, image, label, outputs, step
+            )
+            loss = loss + deformed + self.consistency.weight * difference
+            self.log("train_consistency", difference, batch_size=len(image))
         self.log("train_loss", loss, prog_bar=True, batch_size=len(image))
         return loss
 
@@ -143,15 +155,7 @@ class SegmentationTask(pl.LightningModule):
         return blended
 
     def _logits(self, x: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b classes i j k"]:
-        outputs = heads(self.net(x))
-        for logits in outputs:
-            if logits.shape[2:] == x.shape[2:]:
-                return logits
-        raise ValueError(
-            f"`SegmentationTask` needs a network whose logits have the size of its input, "
-            f"{tuple(x.shape[2:])}, but `{type(self.net).__name__}` returned "
-            f"{', '.join(str(tuple(logits.shape[2:])) for logits in outputs)}."
-        )
+        return finest(self.net(x), x.shape[2:], self.net)
 
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> None:
         image, label = _image(batch), _label(batch)

@@ -115,7 +115,8 @@ def share_of_epoch(trainer: Any, passes: int, voxels: int, every_n: int) -> floa
     dataset = getattr(loader, "dataset", None)
     patch = getattr(trainer.datamodule, "patch_size", None) if trainer.datamodule else None
     batches = trainer.num_training_batches
-    size = getattr(loader, "batch_size", None) or 1
+    # a loader of whole batches leaves their size to the data module
+    size: int = getattr(loader, "batch_size", None) or getattr(trainer.datamodule, "batch_size", 1)
     interval = trainer.val_check_batch  # None where it is a time
     if dataset is None or not isinstance(batches, int) or batches < 1 or not interval:
         return None

@@ -94,6 +94,9 @@ class Probe:
         regions: Named masks, such as ``brain``, for metrics that ask for them.
         preprocessing: The text form (``repr``) of what was done to the image; part of the
             fingerprint.
+        source: Digest of the stored voxels that the image was made from, where they are known. It
+            stands for the image in the fingerprint, since preprocessing may round differently on
+            another machine.
 
     Raises:
         ValueError: for a bad name, an image that is not 4D or not finite, a label or region of
@@ -108,6 +111,7 @@ class Probe:
     affine: Num[np.ndarray, "4 4"] | None = None
     regions: Mapping[str, Bool[Tensor, "i j k"]] = field(default_factory=dict)
     preprocessing: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         checked_name(self.name, "probe")
@@ -176,11 +180,18 @@ class Probe:
         return self.image.shape[1:]
 
     @cached_property
+    def voxels(self) -> str:
+        """Sixteen hexadecimal digits of the SHA-256 of the image as it is, to the last bit."""
+        array = np.ascontiguousarray(self.image.numpy().astype("<f4"))
+        return hashlib.sha256(array.data).hexdigest()[:16]
+
+    @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the SHA-256 of all that an explanation depends on.
 
-        Stored voxels (as little-endian float32), label, regions, geometry and preprocessing; the
-        name is not part of it. Runs are comparable only on equal fingerprints.
+        Stored voxels (the source's digest where it is known, else the image as little-endian
+        float32), label, regions, geometry and preprocessing; the name is not part of it. Runs are
+        comparable only on equal fingerprints.
         """
         digest = hashlib.sha256()
 
@@ -188,7 +199,10 @@ class Probe:
             digest.update(f"{what} {array.dtype.str} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
 
-        add("image", self.image.detach().cpu().numpy().astype("<f4"))
+        if self.source:
+            digest.update(f"source {self.source} {tuple(self.image.shape)}\n".encode())
+        else:
+            add("image", self.image.detach().cpu().numpy().astype("<f4"))
         if self.label is not None:
             add("label", self.label.detach().cpu().numpy().astype("<i4"))
         for region in sorted(self.regions):

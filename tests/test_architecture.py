@@ -17,7 +17,7 @@ ORDER: tuple[tuple[frozenset[str], ...], ...] = tuple(
     tuple(frozenset(family.split()) for family in line.split("|"))
     for line in (
         "values",
-        "vessels | windows",
+        "vessels | windows | deformations",
         "targets",
         "structures | baselines | rules",
         "scored",
@@ -30,13 +30,13 @@ ORDER: tuple[tuple[frozenset[str], ...], ...] = tuple(
         "explain",
         "examine",
         "folder",
-        "render panels marks lettering colors | timeline",
+        "render panels contact_sheet marks lettering colors | timeline",
         "sinks",
         "observe | failures",
-        "defaults | trainer_run",
+        "defaults | trainer_run | checkpoints",
         "chronicle",
         "callback",
-        "posthoc | demo",
+        "posthoc | demo | inspection",
         "cli",
     )
 )
@@ -45,15 +45,17 @@ ORDER: tuple[tuple[frozenset[str], ...], ...] = tuple(
 BESIDE: dict[str, frozenset[str]] = {
     "nets": frozenset(),
     "losses": frozenset(),
-    "data": frozenset({"values", "vessels", "windows"}),
-    "task": frozenset({"values", "vessels", "windows", "losses"}),
+    "consistency": frozenset({"values", "deformations", "losses"}),
+    "data": frozenset({"values", "vessels", "windows", "deformations"}),
+    "task": frozenset({"values", "vessels", "windows", "losses", "consistency"}),
     "compare": frozenset({"values", "focus", "folder", "render"}),
 }
 # ... and who may import them, themselves excepted.
 USERS: dict[str, frozenset[str]] = {
     "nets": frozenset({"demo", "cli"}),
-    "losses": frozenset({"task", "cli"}),
-    "data": frozenset({"callback", "posthoc", "demo", "cli"}),
+    "losses": frozenset({"consistency", "task", "cli"}),
+    "consistency": frozenset({"task", "cli"}),
+    "data": frozenset({"callback", "posthoc", "demo", "inspection", "cli"}),
     "task": frozenset({"posthoc", "demo", "cli"}),
     "compare": frozenset({"demo", "cli"}),
 }
@@ -207,6 +209,12 @@ def test_test_files_have_unique_names():
         ("data/module.py", "from lightning_segxai.windows import Windows", False),
         ("task.py", "from lightning_segxai.values import Probe", False),
         ("task.py", "from lightning_segxai.scored import Predictor", True),
+        ("task.py", "from lightning_segxai.consistency import DeformationConsistency", False),
+        ("consistency.py", "from lightning_segxai.losses import finest", False),
+        ("consistency.py", "from lightning_segxai.task import SegmentationTask", True),
+        ("deformations.py", "from lightning_segxai.windows import Windows", True),
+        ("data/deformation.py", "from lightning_segxai.deformations import warp", False),
+        ("data/deformation.py", "from lightning_segxai.consistency import X", True),
         ("examine.py", "from lightning_segxai.data.probes import read_probe", True),
         ("callback.py", "from lightning_segxai.data.probes import ProbeFile", False),
         ("examine.py", "from lightning_segxai import examine as e, measure", True),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from monai.losses import DiceLoss, TverskyLoss
 from torch import nn
 
-from lightning_segxai.losses import DeepSupervision, FocalTverskyLoss, heads
+from lightning_segxai.losses import DeepSupervision, FocalTverskyLoss, finest, foreground, heads
 
 YES, NO = 1e3, -1e3  # logits of certainty
 
@@ -130,6 +130,40 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
     assert float(loss) == pytest.approx(1 - p / (p + 0.7 * (1 - p)), rel=1e-3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_probabilities_against_a_sure_truth_are_the_loss_of_logits(channels):
+    """With a truth of zeros and ones, `between` is the loss of the label, bit for bit."""
+    logits, label = random_case(channels)
+    truth = torch.cat([label == c for c in range(1, max(2, channels))], dim=1)
+    loss = FocalTverskyLoss().between(foreground(logits), truth.double())
+    assert torch.equal(loss, FocalTverskyLoss()(logits, label))
+
+
+def test_between_equal_maps_known_answer():
+    """Of p everywhere on both sides, p (1 - p) is in error for each p of what is there."""
+    for p in (0.0, 0.2, 0.5, 1.0):
+        maps = torch.full((2, 1, 3, 3, 3), p, dtype=torch.float64)
+        error, there = 54 * p * (1 - p), 54 * p
+        expected = (error / (there + 1)) ** 0.75  # alpha + beta is 1
+        assert float(FocalTverskyLoss().between(maps, maps)) == pytest.approx(expected, abs=1e-8)
+
+
+def test_between_has_gradients_of_both_sides():
+    """They are those of finite differences, for what was found and for the truth."""
+    found, truth = (
+        torch.rand(1, 2, 2, 2, 3, dtype=torch.float64).requires_grad_() for _ in range(2)
+    )
+    assert torch.autograd.gradcheck(FocalTverskyLoss().between, (found, truth))
+
+
+def test_the_finest_output_is_the_first_of_the_inputs_size():
+    """Smaller outputs before it are passed over."""
+    half, full, second = (torch.full((1, 1, n, n, n), float(n)) for n in (2, 4, 4))
+    assert finest((half, full, second), (4, 4, 4), nn.Identity()) is full
+    with pytest.raises(ValueError, match=r"\(8, 8, 8\), but `Identity` returned \(2, 2, 2\)"):
+        finest(half, (8, 8, 8), nn.Identity())
+
+
 def test_nan_stays_nan():
     """A NaN in the logits is a NaN of the loss, not hidden by the clamp."""
     logits, label = random_case()
@@ -197,6 +231,8 @@ def test_errors_say_what_is_needed():
         FocalTverskyLoss()(logits, label + (label == 1).long())
     with pytest.raises(ValueError, match="`DeepSupervision`"):
         FocalTverskyLoss()(logits[..., :3], label)
+    with pytest.raises(ValueError, match="needs two tensors of one shape"):
+        FocalTverskyLoss().between(logits, logits[:, :, :2])
     with pytest.raises(ValueError, match="has 1 weights, but the network returned 2"):
         DeepSupervision(FocalTverskyLoss(), (1.0,))((logits, logits), label)
     with pytest.raises(ValueError, match="at least 0"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,22 +9,34 @@ from typing import Any
 
 import torch
 import torchio as tio
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_segxai.data.augmentation import light_augmentation
-from lightning_segxai.data.probes import ProbeFile, subject_probe
-from lightning_segxai.data.sampling import (
-    Augmented,
-    BalancedSampler,
-    Tiles,
-    vessel_centers,
+from lightning_segxai.data.augmentation import Augmentation, light_augmentation
+from lightning_segxai.data.cache import default_folder
+from lightning_segxai.data.choice import ProbeChoice, Segment, chosen_probes
+from lightning_segxai.data.finding import find_subjects
+from lightning_segxai.data.gathering import Gathered, gather
+from lightning_segxai.data.intensity import ForegroundNormalization
+from lightning_segxai.data.keeping import KeptVolumes
+from lightning_segxai.data.loaders import (
+    Batch,
+    CachedPatches,
+    EpochBatches,
+    FixedBatches,
+    PatchLoader,
+    patch_loader,
+    still_loader,
+    tiles,
+    whole,
 )
-from lightning_segxai.data.subjects import (
-    PhantomCohort,
-    check_subject,
-    folder_subjects,
-    phantom_subjects,
-    preprocessed,
-)
+from lightning_segxai.data.plan import EpochPlan
+from lightning_segxai.data.probes import ProbeFile
+from lightning_segxai.data.queue import QueuedPatches
+from lightning_segxai.data.room import Cache
+from lightning_segxai.data.sampling import BalancedSampling, Sampling
+from lightning_segxai.data.sources import PhantomSubject, Source, SubjectFiles
+from lightning_segxai.data.splits import assign_splits, split_rows
+from lightning_segxai.data.subjects import PhantomCohort
 from lightning_segxai.values import Probe, as_shape
 
 # A Trainer and a LightningCLI know only the classes of their own namespace
@@ -37,68 +48,92 @@ _BASES = tuple(
     )
     if find_spec(package) is not None
 )
-_SHUFFLED_VOLUMES = 16  # patches of so many volumes are shuffled together, and held meanwhile
 
 
 class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is installed
     """Patches of ToF-MRA volumes with vessel labels, and the probes that the monitor explains.
 
-    Volumes are read from ``root/images/<name>.nii.gz`` and ``root/labels/<name>.nii.gz``, or made
-    up. They are checked, turned to RAS, scaled and kept in memory once; subjects are split into
-    training and validation. Training patches are drawn around a vessel voxel and anywhere in
-    turn; validation goes over the same tiles of every validation volume each time and draws no
-    random number. Test and predict loaders give the validation volumes whole.
+    Volumes come from ``root``: a folder with ``images/<name>.nii.gz`` and
+    ``labels/<name>.nii.gz``, a BIDS tree (``anat/*_angio.nii.gz``, masks in derivatives as
+    ``desc-vessel_mask``), or a CSV with the columns ``image`` and ``label`` and, where wanted,
+    ``split``, ``subject``, ``name``, ``weights`` and any metadata. They may be listed as
+    ``subjects``, or made up. NIfTI, NRRD, MetaImage and DICOM series (a folder each) are read.
 
-    A batch holds ``batch["image"]["data"]`` (b c i j k), ``batch["label"]["data"]`` (b 1 i j k)
-    and ``batch["name"]``.
+    Volumes are checked, turned to RAS, scaled and kept once, in memory or as files mapped to it;
+    all problems are told in one report before the training begins. A training patch follows from
+    the run's seed, the epoch and its number alone, whatever the number of workers and processes.
+    Validation covers every validation volume by the same tiles each time. Test and predict loaders
+    give the test volumes whole, or the validation volumes where there are none. No loader touches
+    the random numbers of the training, and a checkpoint in the middle of an epoch resumes there.
+
+    A batch is TorchIO's: ``batch["image"]["data"]`` (b c i j k), ``batch["label"]["data"]``
+    (b 1 i j k), their ``affine``, and ``batch["name"]``.
 
     Args:
-        root: Folder with ``images/`` and ``labels/``.
+        root: Folder of pairs, BIDS tree or CSV.
         phantom: Subjects to make up instead.
+        subjects: Files to use instead, one by one.
         patch_size: Voxels of a patch, one number or three; smaller volumes are padded.
         batch_size: Patches in a batch.
-        samples_per_volume: Patches drawn from each training volume in an epoch.
-        probes: How many patches to explain, or files to explain whole.
+        samples_per_volume: Patches drawn from each training volume in an epoch, by all processes
+            together.
+        probes: How many patches to explain, or which (`ProbeChoice`), or files to explain whole.
         validation_share: Share of the subjects kept for validation, in (0, 1); at least one.
-        num_workers: Processes that prepare volumes beside the training.
-        intensity: How to scale intensities; z-normalization over all voxels where it is None. (Over
-            the voxels above the mean the same vessel would be 1 in a box full of vessels and 5 in
-            the next.) Percentiles that clip would flatten most vessels, which are less than 1 % of
-            the voxels and the brightest.
+        test_share: Share kept for testing, in [0, 1).
+        fold: Number of the fold that validates, from 0, instead of a share.
+        folds: Number of folds.
+        num_workers: Processes that prepare batches beside the training.
+        spacing_mm: Edge lengths that volumes are resampled to, in millimeters, one number or
+            three; where it is None, they stay as they are.
+        intensity: How to scale intensities; `ForegroundNormalization` where it is None. Percentiles
+            that clip would flatten most vessels, which are less than 1 % of the voxels and the
+            brightest.
         augmentation: TorchIO transforms of a training patch; a light set where it is None.
+        sampling: Where patches are drawn; `BalancedSampling` where it is None.
+        cache: Where preprocessed volumes are kept: ``memory``, ``disk``, or ``none`` (TorchIO's
+            queue reads them anew in every epoch). Where it is None, in memory if half of what is
+            free is enough, else on disk if that has room.
+        cache_dir: Folder of the cache on disk; ``lightning-segxai`` in the user's cache folder
+            where it is None.
         classes: Number of classes, background included, to check labels against; any where it is
             None.
         seed: Of the split.
 
     Raises:
-        ValueError: unless exactly one of ``root`` and ``phantom`` is given, and for numbers out
-            of range.
+        ValueError: unless exactly one of ``root``, ``phantom`` and ``subjects`` is given, and for
+            numbers out of range.
     """
 
     def __init__(
         self,
         root: str | Path | None = None,
         phantom: PhantomCohort | None = None,
+        subjects: list[SubjectFiles] | None = None,
         patch_size: int | tuple[int, int, int] = 64,
         batch_size: int = 4,
         samples_per_volume: int = 16,
-        probes: int | list[ProbeFile] = 4,
+        probes: int | ProbeChoice | list[ProbeFile] = 4,
         validation_share: float = 0.2,
+        test_share: float = 0.0,
+        fold: int | None = None,
+        folds: int | None = None,
         num_workers: int = 0,
+        spacing_mm: float | tuple[float, float, float] | None = None,
         intensity: tio.Transform | None = None,
         augmentation: list[tio.Transform] | None = None,
+        sampling: Sampling | None = None,
+        cache: Cache | None = None,
+        cache_dir: str | Path | None = None,
         classes: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if (root is None) == (phantom is None):
+        given = {"root": root, "phantom": phantom, "subjects": subjects}
+        if sum(value is not None for value in given.values()) != 1:
             raise ValueError(
-                "`MRADataModule` needs either `root`, a folder of images and labels, or `phantom`, "
-                f"subjects to make up, but got root={root!r} and phantom={phantom!r}."
-            )
-        if not 0 < validation_share < 1:
-            raise ValueError(
-                f"`MRADataModule(validation_share={validation_share})` must lie between 0 and 1."
+                "`MRADataModule` needs either `root`, a folder, BIDS tree or CSV of images and "
+                "labels, or `phantom`, subjects to make up, or `subjects`, a list of files, but "
+                f"got {', '.join(f'{key}={value!r}' for key, value in given.items())}."
             )
         for name, count, least in (
             ("batch_size", batch_size, 1),
@@ -108,25 +143,55 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         ):
             if count < least:
                 raise ValueError(f"`MRADataModule({name}={count})` must be at least {least}.")
+        if not 0 < validation_share < 1:
+            raise ValueError(
+                f"`MRADataModule(validation_share={validation_share})` must lie between 0 and 1."
+            )
         self.root = root
         self.phantom = phantom
+        self.subjects = subjects
         self.patch_size = as_shape(patch_size, "patch_size")
         self.batch_size = batch_size
         self.samples_per_volume = samples_per_volume
         self.validation_share = validation_share
+        self.test_share = test_share
+        self.fold = fold
+        self.folds = folds
         self.num_workers = num_workers
-        self.intensity = tio.ZNormalization() if intensity is None else intensity
+        self.spacing_mm = spacing_mm
+        self.intensity = ForegroundNormalization() if intensity is None else intensity
         self.augmentation = light_augmentation() if augmentation is None else augmentation
+        self.sampling = BalancedSampling() if sampling is None else sampling
+        self.cache = cache
+        self.cache_dir = default_folder() if cache_dir is None else Path(cache_dir)
         self.classes = classes
         self.seed = seed
         self._probes = probes
-        self._training: list[tio.Subject] = []
-        self._validation: list[tio.Subject] = []
+        self._gathered: Gathered | None = None
+        self._split: dict[str, KeptVolumes] = {}
+        self._splits: list[str] = []
+        self._stream_seed: int | None = None
+        self._resumed_seed: int | None = None
 
     @property
     def preprocessing(self) -> tio.Compose:
         """What is done to every volume before the network sees it; draws no random number."""
-        return tio.Compose([tio.ToCanonical(), self.intensity])
+        resampling = [] if self.spacing_mm is None else [tio.Resample(self.spacing_mm)]
+        return tio.Compose([tio.ToCanonical(), *resampling, self.intensity])
+
+    def sources(self) -> list[Source]:
+        """The subjects' volumes, not yet read, in a fixed order.
+
+        Raises:
+            ValueError: for what cannot be found or paired.
+        """
+        if self.phantom is not None:
+            return [PhantomSubject(self.phantom, n) for n in range(self.phantom.subjects)]
+        return list(self.subjects if self.subjects is not None else find_subjects(str(self.root)))
+
+    def prepare_data(self) -> None:
+        """Fill the cache on disk, in one process of each machine; the others only open it."""
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, preprocess and split the subjects, once.
@@ -135,120 +200,161 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             ValueError: with one line for each subject that cannot be used, or where there are
                 fewer than two.
         """
-        if self._training:
+        if self._gathered is not None:
             return
-        if self.phantom is not None:
-            where, subjects = str(self.phantom), phantom_subjects(self.phantom)
-        else:
-            where, subjects = str(self.root), folder_subjects(str(self.root))
-        if len(subjects) < 2:
+        sources = self.sources()
+        splits = self._assigned(sources)
+        if len(sources) < 2:
             raise ValueError(
                 "`MRADataModule` needs at least two subjects, one of them for validation, but "
-                f"found only {subjects[0]['name']!r} in {where}."
+                f"found only {', '.join(repr(s.name) for s in sources)} in "
+                f"{self.phantom or self.root or 'the list'}."
             )
-        ready = self._prepared(subjects)
-        draw = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(ready), generator=draw).tolist()
-        count = min(max(1, round(self.validation_share * len(ready))), len(ready) - 1)
-        self._validation = [ready[n] for n in sorted(order[:count])]
-        self._training = [_plain(ready[n]) for n in sorted(order[count:])]
+        gathered = gather(
+            sources,
+            splits,
+            self.preprocessing,
+            self.sampling,
+            patch_size=self.patch_size,
+            classes=self.classes,
+            cache=self.cache,
+            folder=self.cache_dir,
+            processes=self._local_processes(),
+        )
+        gathered.tell(len(sources))
+        self._splits = splits
+        self._split = {
+            split: KeptVolumes(
+                [
+                    gathered.keepers[s.name]
+                    for s, its in zip(sources, splits, strict=True)
+                    if its == split
+                ]
+            )
+            for split in ("train", "val", "test")
+        }
+        self._gathered = gathered
 
-    def _prepared(self, subjects: list[tio.Subject]) -> list[tio.Subject]:
-        ready, broken, count = [], [], len(subjects)
-        while subjects:
-            subject = subjects.pop(0)  # its raw voxels go once it is prepared
-            try:
-                check_subject(subject, self.classes)
-                ready.append(preprocessed(subject, self.preprocessing))
-            except ValueError as error:
-                broken.append(str(error))
-        if broken:
-            lines = "\n  ".join(broken)
-            raise ValueError(
-                f"`MRADataModule` cannot use {len(broken)} of {count} subjects:\n  {lines}"
-            )
-        small = [str(s["name"]) for s in ready if _smaller(s.spatial_shape, self.patch_size)]
-        if small:
-            warnings.warn(
-                f"{len(small)} volumes are smaller than the patch of {self.patch_size} voxels and "
-                f"are padded with their minimum: {', '.join(small[:10])}.",
-                stacklevel=2,
-            )
-        return ready
+    def _assigned(self, sources: list[Source]) -> list[str]:
+        return assign_splits(
+            sources,
+            validation_share=self.validation_share,
+            test_share=self.test_share,
+            fold=self.fold,
+            folds=self.folds,
+            seed=self.seed,
+        )
 
-    def train_dataloader(self) -> tio.SubjectsLoader:
-        """Balanced, augmented patches, shuffled over volumes; repeatable under ``seed_everything``.
+    @property
+    def splits(self) -> list[dict[str, str]]:
+        """Who trains, validates and tests: a row for each volume."""
+        sources = self.sources()
+        return split_rows(sources, self._splits or self._assigned(sources))
+
+    def train_dataloader(self) -> PatchLoader:
+        """Augmented patches, shuffled over volumes; repeatable under ``seed_everything``.
 
         Every volume gives the same number of patches in an epoch.
         """
-        queue = tio.Queue(
-            tio.SubjectsDataset(self._training),
-            # A multiple of samples_per_volume: otherwise volumes are drawn from unequally
-            max_length=self.samples_per_volume * min(len(self._training), _SHUFFLED_VOLUMES),
-            samples_per_volume=self.samples_per_volume,
-            sampler=BalancedSampler(self.patch_size),
-            num_workers=self.num_workers,
-            start_background=False,  # its workers would start before the epoch does
-        )
-        # No workers here: the queue lives in this process and has its own
-        return tio.SubjectsLoader(
-            Augmented(queue, tio.Compose(self.augmentation)), batch_size=self.batch_size
+        plan = self._plan()
+        on_device = self._on_gpu() and self._augmentation.vectorized
+        augmentation = None if on_device else self._augmentation
+        volumes = self._volumes("train")
+        batches = EpochBatches(plan, frozen=bool(getattr(self.trainer, "overfit_batches", 0)))
+        if self._gathered is not None and self._gathered.cache == "none":
+            dataset: Dataset[Batch] = QueuedPatches(
+                plan, volumes, self.patch_size, self.sampling, augmentation, self.num_workers
+            )
+            return patch_loader(dataset, batches, 0, self._on_gpu())
+        dataset = CachedPatches(plan, volumes, self.patch_size, self.sampling, augmentation)
+        return patch_loader(dataset, batches, self.num_workers, self._on_gpu())
+
+    def _plan(self) -> EpochPlan:
+        """The epochs of this run; a resumed run goes on with the seed that it began with."""
+        seed = torch.initial_seed() if self._resumed_seed is None else self._resumed_seed
+        rank, processes = self._place()
+        if processes > 1 and self.trainer is not None:
+            seed = self.trainer.strategy.broadcast(seed)  # without a seed, each rank has its own
+        self._stream_seed = seed
+        return EpochPlan(
+            len(self._volumes("train")),
+            self.samples_per_volume,
+            self.batch_size,
+            seed,
+            rank,
+            processes,
         )
 
-    def val_dataloader(self) -> tio.SubjectsLoader:
+    @property
+    def _augmentation(self) -> Augmentation:
+        return Augmentation(self.augmentation)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment on the GPU, where there is one."""
+        if isinstance(batch, dict) and "seeds" in batch:
+            seeds = batch.pop("seeds")
+            return self._augmentation(batch, seeds.cpu())
+        return batch
+
+    def val_dataloader(self) -> DataLoader[Batch]:
         """The same tiles of every validation volume, in the same order."""
-        tiles = Tiles([_plain(s) for s in self._validation], self.patch_size)
-        return self._still(tiles, self.batch_size)
+        volumes = self._volumes("val")
+        return self._still(volumes, tiles(volumes.shapes, self.patch_size), self.batch_size)
 
-    def test_dataloader(self) -> tio.SubjectsLoader:
-        """The validation volumes, whole, one by one."""
-        return self._still([_plain(s) for s in self._validation], 1)
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test volumes, whole, one by one; the validation volumes where there are none."""
+        volumes = self._volumes("test") or self._volumes("val")
+        return self._still(volumes, whole(volumes.shapes), 1)
 
-    def predict_dataloader(self) -> tio.SubjectsLoader:
-        """The validation volumes, whole, one by one."""
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """As for testing."""
         return self.test_dataloader()
 
-    def _still(self, dataset: Any, batch_size: int) -> tio.SubjectsLoader:
-        # Any DataLoader draws a seed for its workers; from a generator of its own, so that a
-        # validation leaves the training's random numbers alone
-        return tio.SubjectsLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+    def _still(self, volumes: KeptVolumes, places: Any, batch_size: int) -> DataLoader[Batch]:
+        batches = FixedBatches(len(places), batch_size, *self._place())
+        return still_loader(volumes, places, batches, self.num_workers)
 
-    def probes(self) -> list[Probe]:
+    def probes(self, segment: Segment | None = None) -> list[Probe]:
         """The volumes to explain, always the same; no random number of the run is drawn.
 
-        Files are taken whole. Otherwise patches of the training size, around vessels, from each
-        validation subject in turn and from distinct places, named ``<subject>-<n>``.
+        Files are taken whole. Otherwise they are made of the validation subjects, see
+        `ProbeChoice`.
+
+        Args:
+            segment: Path of a checkpoint and a volume to classes, for probes that look for what
+                a network has missed; the monitor gives it.
         """
-        if not isinstance(self._probes, int):
+        if isinstance(self._probes, list):
             return [spec.read(self.preprocessing) for spec in self._probes]
+        choice = ProbeChoice(n=self._probes) if isinstance(self._probes, int) else self._probes
+        others = [*self._volumes("test"), *self._volumes("train")] if choice.landmarks else []
+        return chosen_probes(choice, self._volumes("val"), others, self.patch_size, segment)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the epochs, for a run that nobody seeded."""
+        return {} if self._stream_seed is None else {"stream_seed": self._stream_seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the epochs of the run that is resumed."""
+        self._resumed_seed = state_dict.get("stream_seed")
+
+    def _volumes(self, split: str) -> KeptVolumes:
         self.setup()
-        wanted = self._probes
-        places = []
-        for subject in self._validation:
-            label = subject.get_image("label").data[0]
-            centers = vessel_centers(label, self.patch_size, wanted)
-            places.append(
-                [(subject, f"{subject['name']}-{n}", c) for n, c in enumerate(centers, start=1)]
-            )
-        in_turn = [row[n] for n in range(wanted) for row in places if n < len(row)][:wanted]
-        if len(in_turn) < wanted:
-            warnings.warn(
-                f"`MRADataModule(probes={wanted})` found only {len(in_turn)} distinct places for "
-                f"patches of {self.patch_size} voxels in {len(places)} validation volumes.",
-                stacklevel=2,
-            )
-        return [subject_probe(s, name, center, self.patch_size) for s, name, center in in_turn]
+        return self._split[split]
 
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process, and how many there are."""
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
 
-def _smaller(shape: tuple[int, int, int], size: tuple[int, int, int]) -> bool:
-    return any(n < s for n, s in zip(shape, size, strict=True))
+    def _local_processes(self) -> int:
+        if self.trainer is None:
+            return self._place()[1]
+        return max(1, self._place()[1] // int(getattr(self.trainer, "num_nodes", 1)))
 
-
-def _plain(subject: tio.Subject) -> tio.Subject:
-    """Only what a batch holds: batches need equal keys, and every key is copied for each patch."""
-    return tio.Subject({key: subject[key] for key in ("image", "label", "name")})
+    def _on_gpu(self) -> bool:
+        device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
+        return device is not None and device.type == "cuda"

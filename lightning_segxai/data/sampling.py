@@ -1,19 +1,170 @@
-"""Patches of a subject: cut, drawn at random for training, laid out or chosen for looking."""
+"""Where the patches of a training are drawn: around vessels, anywhere, by a map, by caliber.
+
+What a strategy must know of a volume (its *index*) is made once for each volume and kept with it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from itertools import product
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-import torchio as tio
-from jaxtyping import Bool, Shaped
-from torch import Tensor
-from torch.utils.data import Dataset
+from jaxtyping import Bool, Int
 
-from lightning_segxai.values import Shape
+from lightning_segxai.data.volumes import Volume
+from lightning_segxai.values import Mask, Shape
+from lightning_segxai.vessels import centerline
+
+_KEPT_VOXELS = 2**18  # of a label: as many centers as a volume gives patches in a long training
+
+
+@dataclass(frozen=True)
+class Sampling(ABC):
+    """How the patches of a volume are chosen.
+
+    To add one: what it must know of a volume in ``index``, and where one patch begins in `start`.
+    Volumes smaller than a patch are padded around, see `start_around`.
+    """
+
+    @abstractmethod
+    def index(self, volume: Volume) -> dict[str, np.ndarray]:
+        """What has to be known of a preprocessed volume; made once, and kept with it."""
+
+    @abstractmethod
+    def start(self, volume: Volume, size: Shape, nth: int, generator: np.random.Generator) -> Shape:
+        """First voxel of a patch.
+
+        Args:
+            volume: What the patch is cut from, with what `index` gave.
+            size: Voxels of the patch.
+            nth: Which patch of this volume it is, counted over the whole training.
+            generator: The only source of random numbers.
+        """
+
+
+@dataclass(frozen=True)
+class UniformSampling(Sampling):
+    """Every place inside the volume is as likely as any other."""
+
+    def index(self, volume: Volume) -> dict[str, np.ndarray]:
+        return {}
+
+    def start(self, volume: Volume, size: Shape, nth: int, generator: np.random.Generator) -> Shape:
+        return _anywhere(volume.shape, size, generator)
+
+
+@dataclass(frozen=True)
+class BalancedSampling(Sampling):
+    """A fixed share of the patches around a vessel voxel, the others anywhere.
+
+    Vessels are 0.15 to 0.8 % of a ToF volume, and patches drawn anywhere would mostly train on
+    the rest. The share holds exactly, in turn, not only on average. A volume without a vessel
+    gives patches from anywhere.
+
+    Args:
+        foreground: Share of the patches with a vessel voxel in their middle, in [0, 1].
+    """
+
+    foreground: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_share("BalancedSampling", self.foreground)
+
+    def index(self, volume: Volume) -> dict[str, np.ndarray]:
+        return {"vessels": _numbers(_vessels(volume).numpy())}
+
+    def start(self, volume: Volume, size: Shape, nth: int, generator: np.random.Generator) -> Shape:
+        vessels = volume.index["vessels"]
+        if not (_in_turn(nth, self.foreground) and len(vessels)):
+            return _anywhere(volume.shape, size, generator)
+        return _around(vessels[generator.integers(len(vessels))], volume.shape, size)
+
+
+@dataclass(frozen=True)
+class CaliberSampling(Sampling):
+    """Thin vessels as often as thick ones: patches around centerlines, by bands of their radius.
+
+    The radii of a volume's vessel segments, from the thinnest to the thickest, are cut into bands
+    of equal ratios; a band is chosen, each as likely as the others, then a centerline voxel of it.
+    A label without a centerline is sampled by its voxels.
+
+    Args:
+        foreground: Share of the patches around a centerline voxel, in [0, 1]; the others lie
+            anywhere.
+        bands: Number of bands.
+    """
+
+    foreground: float = 0.5
+    bands: int = 4
+
+    def __post_init__(self) -> None:
+        _check_share("CaliberSampling", self.foreground)
+        if self.bands < 1:
+            raise ValueError(f"`CaliberSampling(bands={self.bands})` needs at least 1.")
+
+    def index(self, volume: Volume) -> dict[str, np.ndarray]:
+        mask = _vessels(volume)
+        line = centerline(mask, volume.spacing_mm)
+        radius = line.radius_mm.numpy()
+        usable = np.isfinite(radius) & (radius > 0)
+        if not usable.any():
+            vessels = _numbers(mask.numpy())
+            return {"centers": vessels, "bounds": np.array([0, len(vessels)])}
+        numbers = np.ravel_multi_index(tuple(line.ijk.numpy().T), mask.shape)[usable]
+        log = np.log(radius[usable])
+        edges = np.linspace(log.min(), log.max(), self.bands + 1)[1:-1]
+        band = np.digitize(log, edges)
+        counts = np.bincount(band)
+        return {
+            "centers": numbers[np.argsort(band, kind="stable")].astype(np.int32),
+            "bounds": np.cumsum([0, *counts[counts > 0]]),
+        }
+
+    def start(self, volume: Volume, size: Shape, nth: int, generator: np.random.Generator) -> Shape:
+        centers, bounds = volume.index["centers"], volume.index["bounds"]
+        if not (_in_turn(nth, self.foreground) and len(centers)):
+            return _anywhere(volume.shape, size, generator)
+        band = generator.integers(len(bounds) - 1)
+        center = centers[generator.integers(bounds[band], bounds[band + 1])]
+        return _around(center, volume.shape, size)
+
+
+@dataclass(frozen=True)
+class WeightedSampling(Sampling):
+    """The middle of a patch is drawn by a map: twice the weight, twice as often.
+
+    The map is one of the subject's: its ``weights`` volume, or a mask such as ``brain``.
+
+    Args:
+        map: Name of the map; its values are not negative.
+    """
+
+    map: str = "weights"
+
+    def index(self, volume: Volume) -> dict[str, np.ndarray]:
+        if self.map not in volume.maps:
+            raise ValueError(
+                f'`WeightedSampling(map="{self.map}")` found no such map of subject '
+                f'"{volume.name}", which has {", ".join(volume.maps) or "none"}.'
+            )
+        weights = volume.maps[self.map]
+        slices = weights.double().sum(dim=(1, 2)).numpy()
+        if weights.min() < 0 or not slices.sum() > 0:
+            raise ValueError(
+                f'`WeightedSampling(map="{self.map}")` needs weights that are not negative and '
+                f'not all 0, but those of subject "{volume.name}" go from '
+                f"{float(weights.min()):g} to {float(weights.max()):g}."
+            )
+        return {"slices": slices}
+
+    def start(self, volume: Volume, size: Shape, nth: int, generator: np.random.Generator) -> Shape:
+        # First the slice, then the voxel in it: no running sum over the whole volume to keep
+        i = _by_weight(volume.index["slices"], generator)
+        jk = _by_weight(volume.maps[self.map][i].double().flatten().numpy(), generator)
+        return start_around((i, *divmod(jk, volume.shape[2])), size, volume.shape)
 
 
 def start_around(center: Sequence[int], size: Shape, shape: Sequence[int]) -> Shape:
@@ -31,159 +182,46 @@ def start_around(center: Sequence[int], size: Shape, shape: Sequence[int]) -> Sh
     return i, j, k
 
 
-def cut(subject: tio.Subject, start: Shape, size: Shape) -> tio.Subject:
-    """The patch of ``size`` voxels from ``start``, its affine moved along; draws no random number.
+def _vessels(volume: Volume) -> Mask:
+    label = volume.maps.get("label")
+    return torch.zeros(volume.shape, dtype=torch.bool) if label is None else label > 0
 
-    Outside of the volume an image continues with its minimum and a label map with 0.
-    """
-    shape = subject.spatial_shape
-    inside = tuple(
-        slice(max(a, 0), min(a + s, n)) for a, s, n in zip(start, size, shape, strict=True)
+
+def _around(number: np.integer, shape: Shape, size: Shape) -> Shape:
+    rest, k = divmod(int(number), shape[2])
+    return start_around((*divmod(rest, shape[1]), k), size, shape)
+
+
+def _anywhere(shape: Shape, size: Shape, generator: np.random.Generator) -> Shape:
+    i, j, k = (
+        int(generator.integers(n - s + 1)) if n >= s else -((s - n) // 2)
+        for n, s in zip(shape, size, strict=True)
     )
-    margins = [
-        m
-        for a, s, n in zip(start[::-1], size[::-1], shape[::-1], strict=True)
-        for m in (max(-a, 0), max(a + s - n, 0))
-    ]
-    patch: dict[str, object] = {}
-    for key, value in subject.items():
-        if not isinstance(value, tio.Image):
-            patch[key] = value
-            continue
-        is_label = isinstance(value, tio.LabelMap)
-        data = value.data[(slice(None), *inside)].clone()
-        if any(margins):
-            fill = 0 if is_label else value.data.min().item()
-            data = F.pad(data, margins, value=fill)
-        affine = value.affine.copy()
-        affine[:3, 3] += affine[:3, :3] @ start
-        patch[key] = (tio.LabelMap if is_label else tio.ScalarImage)(tensor=data, affine=affine)
-    patch["location"] = torch.tensor([*start, *(a + s for a, s in zip(start, size, strict=True))])
-    found = tio.Subject(patch)
-    found.applied_transforms = list(subject.applied_transforms)
-    return found
+    return i, j, k
 
 
-class BalancedSampler(tio.data.PatchSampler):
-    """Patches in turn around a vessel voxel and anywhere, in equal numbers.
+def _in_turn(nth: int, share: float) -> bool:
+    """Whether the n-th of many belongs to a share that holds for every first n as well as can be.
 
-    Vessels are 0.15 to 0.8 % of a ToF volume, and patches drawn anywhere would mostly train on
-    the rest. Unlike TorchIO's ``LabelSampler`` it takes volumes without a label, labels within
-    half a patch of the border, and volumes smaller than the patch, which ``cut`` pads.
-
-    Args:
-        patch_size: Voxels along i, j, k.
+    >>> [_in_turn(n, 0.5) for n in range(4)]
+    [True, False, True, False]
     """
-
-    def __init__(self, patch_size: Shape) -> None:
-        super().__init__(patch_size)
-        self.size = patch_size
-
-    def __call__(
-        self, subject: tio.Subject, num_patches: int | None = None
-    ) -> Generator[tio.Subject]:
-        """Patches without end, or ``num_patches`` of them."""
-        shape = subject.spatial_shape
-        vessels = torch.nonzero(subject.get_image("label").data[0] > 0)
-        n = 0
-        while num_patches is None or n < num_patches:
-            if n % 2 == 0 and len(vessels):
-                center = vessels[int(torch.randint(len(vessels), ()))].tolist()
-                start = start_around(center, self.size, shape)
-            else:
-                i, j, k = (
-                    int(torch.randint(a - s + 1, ())) if a >= s else -((s - a) // 2)
-                    for a, s in zip(shape, self.size, strict=True)
-                )
-                start = i, j, k
-            yield cut(subject, start, self.size)
-            n += 1
+    # a share such as 0.1 is a little more than that in binary, and must not round up a whole number
+    before, after = (math.ceil(n * share - 1e-9) for n in (nth, nth + 1))
+    return after > before
 
 
-class Augmented(Dataset[tio.Subject]):
-    """Patches of a queue, each changed by a transform of its own.
-
-    On the patch rather than on the volume: 4 ms against 80 ms, and patches of one volume differ.
-    """
-
-    def __init__(self, queue: tio.Queue, transform: tio.Transform) -> None:
-        self.queue = queue
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.queue)
-
-    def __getitem__(self, index: int) -> tio.Subject:
-        patch: tio.Subject = self.queue[index]
-        return self.transform(patch)
+def _by_weight(weights: np.ndarray, generator: np.random.Generator) -> int:
+    running = weights.cumsum()
+    return int(np.searchsorted(running, generator.random() * running[-1], side="right"))
 
 
-class Tiles(Dataset[tio.Subject]):
-    """Patches side by side that cover every subject, always the same and in the same order.
-
-    The last patch along an axis is moved inside the volume, so that it overlaps its neighbor.
-    Together they hold vessels in the share that the volumes have.
-    """
-
-    def __init__(self, subjects: Sequence[tio.Subject], size: Shape) -> None:
-        self.size = size
-        self.places = [(s, start) for s in subjects for start in self._starts(s.spatial_shape)]
-
-    def _starts(self, shape: Sequence[int]) -> list[Shape]:
-        centers = (
-            [s // 2 + n * s for n in range(math.ceil(a / s))]
-            for a, s in zip(shape, self.size, strict=True)
-        )
-        return [start_around(center, self.size, shape) for center in product(*centers)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> tio.Subject:
-        subject, start = self.places[index]
-        return cut(subject, start, self.size)
+def _numbers(mask: Bool[np.ndarray, "i j k"]) -> Int[np.ndarray, " n"]:
+    """Numbers of the mask's voxels in index order; evenly thinned out where they are very many."""
+    numbers = np.flatnonzero(mask)
+    return numbers[:: -(-len(numbers) // _KEPT_VOXELS) or 1].astype(np.int32)
 
 
-def vessel_centers(
-    label: Shaped[Tensor, "i j k"], size: Shape, count: int
-) -> list[tuple[int, int, int]]:
-    """Centers of the patches that hold the most vessel, at most ``count`` of them, distinct.
-
-    The first is the fullest patch around any vessel voxel, each next one the fullest at least
-    half a patch away from those before along some axis, then a quarter. A label without vessels
-    gives the middle of the volume. No random number is drawn.
-    """
-    shape = tuple(label.shape)
-    vessels = torch.nonzero(label > 0)
-    if not len(vessels):
-        return [(shape[0] // 2, shape[1] // 2, shape[2] // 2)][:count]
-    edge = torch.tensor([min(s, n) for s, n in zip(size, shape, strict=True)])
-    starts = torch.minimum((vessels - edge // 2).clamp_min(0), torch.tensor(shape) - edge)
-    held = _held(label > 0, starts, edge)
-    chosen: list[int] = []
-    for apart in (0.5, 0.25):
-        free = torch.ones(len(starts), dtype=torch.bool)
-        for c in chosen:
-            free &= _apart(starts, c, edge) >= apart
-        while len(chosen) < count and bool(free.any()):
-            best = int(torch.where(free, held, -1).argmax())
-            chosen.append(best)
-            free &= _apart(starts, best, edge) >= apart
-    i_j_k = ((starts[c] + edge // 2).tolist() for c in chosen)
-    return [(i, j, k) for i, j, k in i_j_k]
-
-
-def _apart(starts: Tensor, which: int, edge: Tensor) -> Tensor:
-    return ((starts - starts[which]).abs() / edge).amax(dim=1)
-
-
-def _held(vessel: Bool[Tensor, "i j k"], starts: Tensor, edge: Tensor) -> Tensor:
-    """Vessel voxels in the patch from each start, by a summed-area table."""
-    table = F.pad(vessel.int(), (1, 0, 1, 0, 1, 0))
-    for axis in range(3):
-        table = table.cumsum(axis, dtype=torch.int32)
-    held = torch.zeros(len(starts), dtype=torch.int32)
-    for corner in product((0, 1), repeat=3):
-        i, j, k = (starts + edge * torch.tensor(corner)).T
-        held += (-1) ** (3 - sum(corner)) * table[i, j, k]
-    return held
+def _check_share(who: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"`{who}(foreground={share})` must lie between 0 and 1.")

@@ -1,4 +1,4 @@
-"""Subjects on disk or made up, checked before anything is trained on them.
+"""Subjects, checked before anything is trained on them, and what is done to each of them first.
 
 A subject is TorchIO's: ``image`` and ``label`` of one volume, its ``name``, and any further label
 maps, which become regions of a probe.
@@ -14,14 +14,14 @@ from typing import cast
 
 import nibabel as nib
 import numpy as np
+import SimpleITK  # comes with TorchIO, which reads with it
 import torch
 import torchio as tio
 from nibabel.spatialimages import SpatialImage
 
-from lightning_segxai.data.phantom import tof_phantom
-from lightning_segxai.values import checked_name
-
-_ENDINGS = (".nii.gz", ".nii")
+NIFTI = (".nii.gz", ".nii")
+ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
+"""Of the files that hold a volume; a folder with a DICOM series holds one too."""
 
 
 @dataclass(frozen=True)
@@ -51,89 +51,38 @@ class PhantomCohort:
             )
 
 
-def phantom_subjects(cohort: PhantomCohort) -> list[tio.Subject]:
-    """The cohort's heads, with the brain as a further label map."""
-    subjects = []
-    for n in range(cohort.subjects):
-        # Ten thousand heads apart, so that cohorts of neighboring seeds share none
-        seed = cohort.seed * 10_000 + n
-        phantom = tof_phantom(shape=cohort.shape, spacing_mm=cohort.spacing_mm, seed=seed)
-        affine = np.diag([*phantom.spacing_mm, 1.0])
-        label, brain = (np.asarray(m, dtype=np.uint8) for m in (phantom.label, phantom.brain))
-        subjects.append(
-            tio.Subject(
-                image=tio.ScalarImage(tensor=torch.from_numpy(phantom.image)[None], affine=affine),
-                label=tio.LabelMap(tensor=torch.from_numpy(label)[None], affine=affine),
-                brain=tio.LabelMap(tensor=torch.from_numpy(brain)[None], affine=affine),
-                name=f"phantom-{n:02d}",
-            )
-        )
-    return subjects
-
-
 def file_stem(path: str | Path) -> str:
-    """The file's name without the ending.
+    """The file's name without the ending, or the name of a DICOM series' folder.
 
     >>> file_stem("data/images/case_07.nii.gz")
     'case_07'
     """
     name = Path(path).name
-    return next((name.removesuffix(e) for e in _ENDINGS if name.endswith(e)), Path(path).stem)
+    return next((name.removesuffix(e) for e in ENDINGS if name.endswith(e)), name)
 
 
-def folder_subjects(root: str | Path) -> list[tio.Subject]:
-    """The pairs ``root/images/<name>.nii.gz`` and ``root/labels/<name>.nii.gz``, by name.
-
-    Nothing but the file names is looked at yet.
-
-    Raises:
-        ValueError: where a folder is missing or empty, or an image or a label stands alone.
-    """
-    images, labels = (_volumes(Path(root), folder) for folder in ("images", "labels"))
-    lonely = [str(images[n]) for n in sorted(images.keys() - labels.keys())]
-    lonely += [str(labels[n]) for n in sorted(labels.keys() - images.keys())]
-    if lonely:
-        raise ValueError(
-            f"{root} needs a label for every image, under the same name, and an image for every "
-            f"label, but these stand alone: {', '.join(lonely)}."
-        )
-    return [
-        tio.Subject(image=tio.ScalarImage(images[n]), label=tio.LabelMap(labels[n]), name=n)
-        for n in sorted(images)
-    ]
+def absence(path: Path) -> str:
+    """Why there is nothing to read at the path, to follow its name; empty where there is."""
+    if path.exists():
+        return ""
+    # DataLad and git-annex leave links to contents that were not fetched
+    return "is a link to nothing; `datalad get` it" if path.is_symlink() else "does not exist"
 
 
-def _volumes(root: Path, folder: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    where = root / folder
-    for path in sorted(where.iterdir()) if where.is_dir() else []:
-        # A leading dot is a Mac's or an editor's shadow of a file
-        if not path.name.endswith(_ENDINGS) or path.name.startswith("."):
-            continue
-        name = checked_name(file_stem(path), "subject")
-        if name in found:
-            raise ValueError(f"{path} and {found[name]} are both {name!r}. Keep one of them.")
-        found[name] = path
-    if not found:
-        state = "holds none" if where.is_dir() else "does not exist"
-        raise ValueError(
-            f"{root} needs volumes as {folder}/<name>.nii.gz or .nii, but {where} {state}."
-        )
-    return found
-
-
-def check_subject(subject: tio.Subject, classes: int | None = None) -> None:
+def check_subject(subject: tio.Subject, classes: int | None = None, labeled: bool = False) -> None:
     """Read a subject and refuse what would train on nonsense.
 
     Args:
         subject: With an ``image`` and, where there is one, a ``label``.
         classes: Number of classes, background included; where it is None, a label may be any
             whole number that is not negative.
+        labeled: Whether there must be a label, with a vessel in it.
 
     Raises:
-        ValueError: for a file that cannot be read, a volume that is not 3D or not finite or has
-            one value everywhere, label maps on another grid than the image, labels outside
-            ``classes``.
+        ValueError: for a file that is missing or cannot be read, a DICOM folder without or with
+            several series or with slices missing, a volume that is not 3D or not finite or has
+            one value everywhere, maps on another grid than the image, labels outside ``classes``
+            and sampling weights below 0 or all 0.
     """
     image = subject.get_image("image")
     for key, one in subject.get_images_dict(intensity_only=False).items():
@@ -144,7 +93,16 @@ def check_subject(subject: tio.Subject, classes: int | None = None) -> None:
     if bool((values == values.flatten()[0]).all()):
         raise ValueError(f"{_who(subject, 'image')} has the same value in every voxel.")
     if "label" in subject:
-        _check_label(subject, classes)
+        _check_label(subject, classes, labeled)
+    elif labeled:
+        raise ValueError(f"{_who(subject, 'image')} has no label, and needs one here. Give it.")
+    if "weights" in subject:
+        weights = subject.get_image("weights").data
+        if bool((weights < 0).any()) or not bool(weights.any()):
+            raise ValueError(
+                f"{_who(subject, 'weights')} need values from 0, some of them larger, but lie "
+                f"between {float(weights.min()):g} and {float(weights.max()):g}."
+            )
 
 
 def _who(subject: tio.Subject, key: str) -> str:
@@ -154,13 +112,22 @@ def _who(subject: tio.Subject, key: str) -> str:
 
 
 def _check_volume(who: str, image: tio.Image) -> None:
+    path = image.path
+    if isinstance(path, Path):
+        if state := absence(path):
+            raise ValueError(f"{who} {state}.")
+        if path.is_dir():
+            _check_series(who, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SimpleITK's failure; NiBabel is tried after it
             image.load()
             finite = bool(torch.isfinite(image.data).all()) and _finite_on_disk(image)
     except Exception as error:  # whatever the readers of a broken file raise
-        raise ValueError(f"{who} cannot be read. Is it a whole NIfTI file? ({error})") from error
+        raise ValueError(
+            f"{who} cannot be read. Is it a whole volume ({', '.join(ENDINGS)} or a folder with "
+            f"a DICOM series), with its data file where that is a second one? ({error})"
+        ) from error
     shape = tuple(image.spatial_shape)
     if image.num_channels != 1:
         raise ValueError(
@@ -173,9 +140,68 @@ def _check_volume(who: str, image: tio.Image) -> None:
         raise ValueError(f"{who} has NaN or infinity among its voxels. Repair or drop it.")
 
 
+def _check_series(who: str, folder: Path) -> None:
+    """Refuse what SimpleITK would make a volume of nevertheless, and a false one.
+
+    It takes the first of several series, leaves out slices that it cannot read, and puts what is
+    left at even distances.
+    """
+    reader = SimpleITK.ImageSeriesReader
+    warned = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # printed, and said here in our words
+    try:
+        series = {
+            uid: [Path(name) for name in reader.GetGDCMSeriesFileNames(str(folder), uid)]
+            for uid in reader.GetGDCMSeriesIDs(str(folder))
+        }
+    finally:
+        SimpleITK.ProcessObject.SetGlobalWarningDisplay(warned)
+    if not series:
+        raise ValueError(f"{who} is a folder without a DICOM series that can be read.")
+    if len(series) > 1:
+        told = ", ".join(
+            f"{uid} ({len(slices)} files, {slices[0].name} ...)" for uid, slices in series.items()
+        )
+        raise ValueError(
+            f"{who} needs a folder with one DICOM series, but holds {len(series)}: {told}. "
+            "Keep one of them there."
+        )
+    slices = next(iter(series.values()))
+    known = {path.name for path in slices}
+    others = [p.name for p in sorted(folder.iterdir()) if p.name not in known and _is_dicom(p)]
+    if others:
+        raise ValueError(
+            f"{who} has files that are no slices of its DICOM series: {', '.join(others[:5])}. "
+            "Repair or remove them."
+        )
+    apart = np.linalg.norm(np.diff([_origin(path) for path in slices], axis=0), axis=1)
+    if len(apart) and np.ptp(apart) > 0.1 * apart.mean():
+        raise ValueError(
+            f"{who} has slices between {apart.min():.3g} and {apart.max():.3g} mm apart. Some are "
+            "missing, or several volumes lie in one series; even distances are needed."
+        )
+
+
+def _is_dicom(path: Path) -> bool:
+    if not path.is_file() or path.name.startswith(".") or path.name == "DICOMDIR":
+        return False
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".dcm" or file.read(132)[128:] == b"DICM"
+
+
+def _origin(path: Path) -> tuple[float, ...]:
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return tuple(reader.GetOrigin())
+
+
 def _finite_on_disk(image: tio.Image) -> bool:
-    """What NiBabel says: SimpleITK, TorchIO's reader, turns NaN and infinity into 0 unasked."""
-    if not str(image.path).endswith(_ENDINGS):
+    """What NiBabel says: SimpleITK, TorchIO's reader, turns NaN and infinity of NIfTI into 0.
+
+    It does so unasked, and keeps them in NRRD and MetaImage.
+    """
+    if not str(image.path).endswith(NIFTI):
         return True
     file = cast(SpatialImage, nib.load(str(image.path)))
     if file.get_data_dtype().kind != "f":
@@ -202,7 +228,7 @@ def _check_grid(subject: tio.Subject, key: str) -> None:
         )
 
 
-def _check_label(subject: tio.Subject, classes: int | None) -> None:
+def _check_label(subject: tio.Subject, classes: int | None, labeled: bool) -> None:
     found = torch.unique(subject.get_image("label").data)
     good = (found >= 0) & (found == found.round())
     if classes is not None:
@@ -214,13 +240,17 @@ def _check_label(subject: tio.Subject, classes: int | None) -> None:
             f"{_who(subject, 'label')} needs {wanted}, but holds {wrong}. "
             "Map its values to classes, or give the right number of `classes`."
         )
+    if labeled and not bool(found.any()):
+        raise ValueError(
+            f"{_who(subject, 'label')} has no vessel voxel: nothing to learn or to find."
+        )
 
 
 def preprocessed(subject: tio.Subject, transform: tio.Transform) -> tio.Subject:
-    """The transformed subject: float32 image, int32 label maps, no random number drawn.
+    """The transformed subject: image and weights in float32, label maps in int32.
 
-    TorchIO asks the global generator whether to apply a transform even when it always does; a
-    probe must not shift the random numbers of the training.
+    No random number is drawn: TorchIO asks the global generator whether to apply a transform even
+    when it always does, and a probe must not shift the random numbers of the training.
 
     Raises:
         ValueError: where the transform fails or gives NaN, naming the subject.
@@ -232,9 +262,9 @@ def preprocessed(subject: tio.Subject, transform: tio.Transform) -> tio.Subject:
         except Exception as error:  # transforms are anybody's code
             name = subject.get("name", "?")
             raise ValueError(f'The preprocessing of subject "{name}" failed: {error}') from error
-    for image in subject.get_images(intensity_only=False):
-        kind = torch.int32 if isinstance(image, tio.LabelMap) else torch.float32
-        image.set_data(image.data.to(kind))
+    for key, image in subject.get_images_dict(intensity_only=False).items():
+        whole = isinstance(image, tio.LabelMap) and key != "weights"
+        image.set_data(image.data.to(torch.int32 if whole else torch.float32))
         if not bool(torch.isfinite(image.data).all()):
             raise ValueError(
                 f'The preprocessing of subject "{subject.get("name", "?")}" gave NaN or infinity. '

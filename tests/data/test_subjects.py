@@ -5,17 +5,11 @@ import gzip
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 import torchio as tio
 
-from lightning_segxai.data.sampling import cut, start_around, vessel_centers
-from lightning_segxai.data.subjects import (
-    PhantomCohort,
-    check_subject,
-    folder_subjects,
-    phantom_subjects,
-    preprocessed,
-)
+from lightning_segxai.data.subjects import PhantomCohort, check_subject, file_stem, preprocessed
 
 SHAPE = (8, 7, 6)
 
@@ -36,51 +30,46 @@ def block(value=1, shape=SHAPE):
     return label
 
 
-def pair(root, name, image=None, label=None, affine=None):
-    write(root / "images" / name, noise() if image is None else image)
-    write(root / "labels" / name, block() if label is None else label, affine)
+def subject_of(**paths):
+    """A subject of image files, read later; those that end in ``weights`` are no labels."""
+    scalars = ("image", "weights")
+    images = {
+        key: (tio.ScalarImage if key in scalars else tio.LabelMap)(path, verify_path=False)
+        for key, path in paths.items()
+    }
+    return tio.Subject(images, name="a")
 
 
-def only(root):
-    (subject,) = folder_subjects(root)
-    return subject
+def pair(root, image=None, label=None, affine=None):
+    return subject_of(
+        image=write(root / "images" / "a.nii.gz", noise() if image is None else image),
+        label=write(root / "labels" / "a.nii.gz", block() if label is None else label, affine),
+    )
 
 
-def test_folder_gives_pairs_sorted_by_name(tmp_path):
-    """A folder's subjects are its image and label pairs, in the order of their names."""
-    pair(tmp_path, "b.nii")
-    pair(tmp_path, "a.nii.gz")
-    (tmp_path / "images" / "notes.txt").write_text("not a volume")
-    (tmp_path / "images" / "._a.nii.gz").write_text("a Mac's shadow")
-
-    subjects = folder_subjects(tmp_path)
-
-    assert [s["name"] for s in subjects] == ["a", "b"]
-    assert subjects[0]["label"].data.sum() == 8
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda r: (r / "labels" / "a.nii.gz").unlink(), r"labels.* holds none"),
-        (lambda r: write(r / "images" / "c.nii.gz", noise()), r"stand alone: .*images/c\.nii\.gz"),
-        (lambda r: write(r / "labels" / "c.nii.gz", block()), r"stand alone: .*labels/c\.nii\.gz"),
-        (lambda r: write(r / "images" / "a.nii", noise()), r"both 'a'"),
-        (lambda r: write(r / "images" / "a b.nii", noise()), r"subject name 'a b'"),
-    ],
-)
-def test_folder_refuses_what_it_cannot_pair(tmp_path, break_it, message):
-    """Files that do not make pairs are named."""
-    pair(tmp_path, "a.nii.gz")
-    break_it(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        folder_subjects(tmp_path)
-
-
-def test_folder_must_exist(tmp_path):
-    """A missing folder is named."""
-    with pytest.raises(ValueError, match=r"nowhere/images does not exist"):
-        folder_subjects(tmp_path / "nowhere")
+def series(folder, uid="1.2.3.1", slices=range(6), start_mm=0.0, ending=".dcm"):
+    """A DICOM series of slices 0.8 mm apart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = SimpleITK.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetImageIO("GDCMImageIO")
+    for k in slices:
+        array = np.random.default_rng(k).integers(0, 1000, (7, 8), dtype=np.int16)
+        image = SimpleITK.GetImageFromArray(array)
+        image.SetSpacing((0.5, 0.6))
+        for tag, value in {
+            "0008|0060": "MR",
+            "0008|0018": f"{uid}.{k + 1}",
+            "0020|000d": "1.2.3",
+            "0020|000e": uid,
+            "0020|0013": str(k + 1),
+            "0020|0032": f"0\\0\\{start_mm + 0.8 * k}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+        }.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid}-{start_mm}-{k}{ending}"))
+        writer.Execute(image)
+    return folder
 
 
 def shifted(mm):
@@ -112,38 +101,138 @@ def with_value(value):
 )
 def test_check_names_what_is_wrong(tmp_path, files, message):
     """Every unusable volume is refused with what was found in it."""
-    pair(tmp_path, "a.nii.gz", **files)
     with pytest.raises(ValueError, match=message):
-        check_subject(only(tmp_path), classes=2)
+        check_subject(pair(tmp_path, **files), classes=2)
 
 
 @pytest.mark.parametrize("rest", [b"not a volume", None])
 def test_check_refuses_broken_files(tmp_path, rest):
     """A file that is no NIfTI, or only the first half of one, is named."""
-    pair(tmp_path, "a.nii.gz", image=noise((32, 32, 32)), label=block(shape=(32, 32, 32)))
+    subject = pair(tmp_path, image=noise((32, 32, 32)), label=block(shape=(32, 32, 32)))
     path = tmp_path / "images" / "a.nii.gz"
     raw = gzip.decompress(path.read_bytes())
     path.write_bytes(rest or gzip.compress(raw[: len(raw) // 2]))
     with pytest.raises(ValueError, match=r"image of subject \"a\" .*a\.nii\.gz\) cannot be read"):
-        check_subject(only(tmp_path))
+        check_subject(subject)
 
 
 def test_check_takes_good_subjects(tmp_path):
     """Headers that differ by rounding, and any whole classes where none are given, are fine."""
-    pair(tmp_path, "a.nii.gz", label=block(7), affine=shifted(1e-3))
-    check_subject(only(tmp_path))
+    check_subject(pair(tmp_path, label=block(7), affine=shifted(1e-3)), labeled=True)
+    check_subject(pair(tmp_path, label=block(0)), classes=2)
 
 
-def test_phantoms_repeat_and_differ():
-    """A cohort is the same each time; its heads and those of the next seed are not."""
-    cohort = PhantomCohort(subjects=2, shape=(32, 32, 32))
-    first, again = phantom_subjects(cohort), phantom_subjects(cohort)
-    other = phantom_subjects(PhantomCohort(subjects=2, shape=(32, 32, 32), seed=1))
+def test_labels_are_needed_where_they_are_asked_for(tmp_path):
+    """Without a label, or without a vessel in it, there is nothing to learn."""
+    subject = pair(tmp_path, label=block(0))
+    with pytest.raises(ValueError, match=r"label of .*has no vessel voxel"):
+        check_subject(subject, labeled=True)
+    alone = tio.Subject(image=subject["image"], name="a")
+    check_subject(alone)
+    with pytest.raises(ValueError, match=r"image of .*has no label"):
+        check_subject(alone, labeled=True)
 
-    assert torch.equal(first[1]["image"].data, again[1]["image"].data)
-    heads = [s["image"].data for s in first + other]
-    assert not any(torch.equal(a, b) for n, a in enumerate(heads) for b in heads[:n])
-    check_subject(first[0], classes=2)
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [(np.full(SHAPE, -1.0), "between -1 and -1"), (np.zeros(SHAPE), "between 0 and 0")],
+)
+def test_weights_must_be_weights(tmp_path, weights, message):
+    """Patches cannot be drawn by negative weights, nor by none."""
+    image = write(tmp_path / "a.nii", noise())
+    good = write(tmp_path / "good.nii", block().astype(np.float32))
+    check_subject(subject_of(image=image, weights=good))
+    bad = write(tmp_path / "bad.nii", weights)
+    with pytest.raises(ValueError, match=rf"weights of subject \"a\" .*{message}"):
+        check_subject(subject_of(image=image, weights=bad))
+
+
+OTHERS = ["nrrd", "nhdr", "mha", "mhd"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("ending", OTHERS)
+def test_other_formats_are_checked_too(tmp_path, ending, kind, value):
+    """NRRD and MetaImage are read as they are, and NaN or infinity in them is found."""
+    path, good = tmp_path / f"a.{ending}", noise().T.astype(kind)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(good), path)
+    subject = subject_of(image=path)
+    check_subject(subject)
+    assert np.array_equal(subject["image"].data[0].numpy(), good.T)
+
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(with_value(value).T.astype(kind)), path)
+    with pytest.raises(ValueError, match=r"NaN or infinity"):
+        check_subject(subject_of(image=path))
+
+
+@pytest.mark.parametrize("ending", OTHERS)
+def test_other_formats_may_be_broken(tmp_path, ending):
+    """A file cut off, or without its data file, and one of several volumes are named."""
+    path, many = tmp_path / f"a.{ending}", tmp_path / f"many.{ending}"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise()), path)
+    data = tmp_path / "a.raw" if (tmp_path / "a.raw").exists() else path
+    data.write_bytes(data.read_bytes()[:-99])
+    with pytest.raises(ValueError, match=rf"a\.{ending}\) cannot be read.*data file"):
+        check_subject(subject_of(image=path))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise((5, 8, 7, 6)), isVector=False), many)
+    with pytest.raises(ValueError, match=r"5 volumes of \(6, 7, 8\)"):
+        check_subject(subject_of(image=many))
+
+
+def test_missing_files_are_told(tmp_path):
+    """A path to nothing is told as such, and a link to nothing as what DataLad leaves."""
+    link = tmp_path / "link.nii"
+    link.symlink_to(tmp_path / "annex")
+    with pytest.raises(ValueError, match=r"a\.nii\) does not exist\."):
+        check_subject(subject_of(image=tmp_path / "a.nii"))
+    with pytest.raises(ValueError, match=r"link\.nii\) is a link to nothing; `datalad get` it"):
+        check_subject(subject_of(image=link))
+
+
+def test_a_dicom_series_is_a_volume(tmp_path):
+    """A folder with one series is read as one volume, whatever else lies there."""
+    folder = series(tmp_path / "case.1")
+    (folder / "notes.txt").write_text("a patient")
+    subject = subject_of(image=folder)
+    check_subject(subject)
+
+    assert subject.spatial_shape == (8, 7, 6)
+    assert np.allclose(subject["image"].spacing, (0.5, 0.6, 0.8))
+    assert (
+        int(subject["image"].data[0, 3, 2, 1])
+        == np.random.default_rng(1).integers(0, 1000, (7, 8), dtype=np.int16)[2, 3]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (lambda f: f.mkdir(), r"without a DICOM series"),
+        (lambda f: series(series(f), uid="1.2.3.2"), r"holds 2: 1\.2\.3\.1 \(6 .*1\.2\.3\.2 \(6"),
+        (lambda f: series(f, slices=[0, 1, 3, 4]), r"between 0\.8 and 1\.6 mm apart"),
+        (lambda f: series(series(f), start_mm=0.4, slices=[2]), r"between 0\.4 and 0\.8 mm"),
+        (lambda f: cut_off(series(f) / "1.2.3.1-0.0-5.dcm", 20), r"no slices .*-5\.dcm"),
+        (lambda f: cut_off(series(f, ending="") / "1.2.3.1-0.0-5", -60), r"no slices .*-5\."),
+    ],
+)
+def test_dicom_folders_that_would_give_a_false_volume(tmp_path, capfd, fill, message):
+    """No series, several, missing slices and slices that cannot be read are refused."""
+    folder = tmp_path / "case"
+    fill(folder)
+    with pytest.raises(ValueError, match=rf"image of subject \"a\" .*case\) .*{message}"):
+        check_subject(subject_of(image=folder))
+    assert "WARNING" not in capfd.readouterr().err
+
+
+def cut_off(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def test_file_stems():
+    """A known ending goes; a DICOM folder's name stays whole."""
+    stems = [file_stem(f"x/case.1{e}") for e in (".nii", ".nii.gz", ".nhdr", ".mha", "", "/")]
+    assert stems == ["case.1"] * 6
 
 
 def test_cohort_needs_a_subject():
@@ -160,62 +249,6 @@ def ramp():
         label=tio.LabelMap(tensor=torch.ones_like(image, dtype=torch.int32), affine=affine),
         name="ramp",
     )
-
-
-def test_cut_agrees_with_torchio():
-    """A patch has the voxels and the place in the world that TorchIO's crop has."""
-    ours = cut(ramp(), (1, 2, 3), (4, 3, 2))
-    theirs = tio.Crop((1, 3, 2, 2, 3, 1))(ramp())
-
-    for key in ("image", "label"):
-        assert torch.equal(ours[key].data, theirs[key].data)
-        assert np.allclose(ours[key].affine, theirs[key].affine)
-    assert ours["location"].tolist() == [1, 2, 3, 5, 5, 5]
-
-
-def test_cut_pads_small_volumes():
-    """Beyond the volume an image continues with its minimum and a label with 0."""
-    subject = ramp()
-    subject["image"].set_data(subject["image"].data + 3)
-    size = (12, 7, 4)
-    start = start_around((4, 3, 3), size, SHAPE)
-
-    patch = cut(subject, start, size)
-
-    assert start == (-2, 0, 1)
-    assert patch["image"].spatial_shape == size
-    assert torch.equal(patch["image"].data[0, 2:10], subject["image"].data[0, :, :, 1:5])
-    assert (patch["image"].data[0, :2] == 3).all()
-    assert (patch["image"].data[0, 10:] == 3).all()
-    assert patch["label"].data.sum() == 8 * 7 * 4
-    world = patch["image"].affine @ [2, 0, 0, 1]
-    assert np.allclose(world, subject["image"].affine @ [0, 0, 1, 1])
-
-
-def test_vessel_centers_match_plain_counting():
-    """The first center holds as many vessel voxels as any patch around one; others are apart."""
-    label = (torch.rand(16, 14, 12, generator=torch.Generator().manual_seed(0)) > 0.97).int()
-    size = (6, 5, 20)
-
-    def held(center):
-        i, j, k = start_around(center, size, label.shape)
-        return int(label[i : i + 6, j : j + 5, max(k, 0) :].sum())
-
-    centers = vessel_centers(label, size, 4)
-
-    assert held(centers[0]) == max(held(v.tolist()) for v in label.nonzero())
-    starts = [start_around(c, size, label.shape) for c in centers]
-    for n, a in enumerate(starts):
-        assert all(
-            max(abs(x - y) / s for x, y, s in zip(a, b, size, strict=True)) >= 0.25
-            for b in starts[:n]
-        )
-
-
-def test_vessel_centers_without_vessels():
-    """An empty label gives the middle of the volume; a patch as large as the volume one place."""
-    assert vessel_centers(torch.zeros(8, 6, 4), (4, 4, 4), 3) == [(4, 3, 2)]
-    assert len(vessel_centers(torch.ones(8, 6, 4), (8, 6, 4), 3)) == 1
 
 
 def test_preprocessing_draws_no_random_number():

@@ -1,0 +1,115 @@
+"""From a subject on disk to the volume that patches are cut from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torchio as tio
+from jaxtyping import Shaped
+from torch import Tensor
+
+from lightning_segxai.data.cache import VolumeCache
+from lightning_segxai.data.sampling import Sampling
+from lightning_segxai.data.settings import told
+from lightning_segxai.data.sources import Source
+from lightning_segxai.data.subjects import check_subject, preprocessed
+from lightning_segxai.data.volumes import Volume
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a source becomes a volume.
+
+    Args:
+        source: The subject's volume, not yet read.
+        transform: The preprocessing.
+        sampling: Makes the index.
+        classes: Number of classes to check labels against; any where it is None.
+    """
+
+    source: Source
+    transform: tio.Transform
+    sampling: Sampling
+    classes: int | None = None
+
+    def volume(self) -> Volume:
+        """Read, check and preprocess it, and make its index.
+
+        Raises:
+            ValueError: where it cannot be used, naming the subject and saying why.
+        """
+        subject = self.source.read()
+        check_subject(subject, self.classes, labeled=True)
+        volume = prepared(subject, self.transform)
+        return replace(volume, index=self.sampling.index(volume))
+
+    def again(self, index: Mapping[str, np.ndarray]) -> Volume:
+        """Read and preprocess it, with the index that was made before."""
+        return replace(prepared(self.source.read(), self.transform), index=index)
+
+    def key(self, cache: VolumeCache) -> str:
+        """Name of its entry in the cache: content of the files, settings, and TorchIO's version."""
+        made_of = (
+            [cache.content(file) for file in self.source.files],
+            self.source.described,
+            told(self.transform),
+            told(self.sampling),
+            self.classes,
+            tio.__version__,
+        )
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
+
+
+def prepared(subject: tio.Subject, transform: tio.Transform) -> Volume:
+    """Preprocess a subject; the result holds no more memory than its volumes need.
+
+    Args:
+        subject: With an ``image`` and, where there is one, a ``label``.
+        transform: The preprocessing.
+
+    Raises:
+        ValueError: where the preprocessing fails or gives NaN, naming the subject.
+    """
+    digest = source_digest(subject)
+    ready = preprocessed(subject, transform)
+    image = ready.get_image("image")
+    values = image.data[0].contiguous()
+    if values.untyped_storage().nbytes() > values.nbytes:
+        values = values.clone()
+    return Volume(
+        name=str(ready["name"]),
+        image=values,
+        maps={
+            key: _small(one.data[0])
+            for key, one in ready.get_images_dict(intensity_only=False).items()
+            if isinstance(one, tio.LabelMap)
+        },
+        affine=np.asarray(image.affine, dtype=np.float64),
+        floor=float(values.min()),
+        preprocessing=" ".join(f"{name}({told(how)})" for name, how in ready.applied_transforms),
+        source=digest,
+    )
+
+
+def source_digest(subject: tio.Subject) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of the image's voxels as they were stored.
+
+    Turned to RAS first, which moves voxels and computes nothing: a file saved again with other
+    axes is the same volume.
+    """
+    with torch.random.fork_rng(devices=[]):  # any TorchIO transform draws a number
+        image = tio.ToCanonical()(subject.get_image("image"))
+    voxels = np.ascontiguousarray(image.data.numpy().astype("<f4"))
+    digest = hashlib.sha256(str(voxels.shape).encode())
+    digest.update(voxels.data)
+    return digest.hexdigest()[:16]
+
+
+def _small(values: Shaped[Tensor, "i j k"]) -> Shaped[Tensor, "i j k"]:
+    if values.is_floating_point():  # weights to sample by
+        return values.float().contiguous()
+    return values.to(torch.uint8 if int(values.max()) < 256 else torch.int32).contiguous()
