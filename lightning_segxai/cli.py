@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="look at the data before training")
     _add_config(data)
-    data.add_argument("--out", default="data-look", metavar="DIR", help="where the pictures go")
+    data.add_argument(
+        "--out", default="data-look", metavar="DIR", help="for the pictures; else data-look"
+    )
     data.set_defaults(run=_data)
 
     layers = commands.add_parser("layers", help="the network's layers with their output shapes")

@@ -22,6 +22,7 @@ EDGE: Final = 240
 _GAP, _MARGIN, _ROW_GAP = 16, 24, 18
 _PAPER: Final[colors.Color] = (255, 255, 255)
 _BLANK: Final[colors.Color] = (238, 239, 241)
+_BESIDE: Final[colors.Color] = (58, 61, 67)  # not black, so that one sees where the volume ends
 _OUTLINE: Final[colors.Color] = colors.OUTCOMES["true positive"]
 
 
@@ -95,7 +96,7 @@ def _tile(frame: Frame, sides: bool) -> Image.Image:
     image = Image.fromarray(_projection(frame.probe, view))
     if sides:
         mark_space(image, frame.probe)
-    tile = Image.new("RGB", (EDGE, EDGE))
+    tile = Image.new("RGB", (EDGE, EDGE), _BESIDE)
     tile.paste(image, ((EDGE - view.width) // 2, (EDGE - view.height) // 2))
     return tile
 

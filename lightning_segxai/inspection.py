@@ -8,7 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
+from PIL.Image import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +18,13 @@ from rich.table import Table
 from lightning_segxai.contact_sheet import Frame, contact_sheet
 from lightning_segxai.data.module import MRADataModule
 from lightning_segxai.data.settings import told
-from lightning_segxai.data.survey import SubjectRow, Survey, first_patches, survey
+from lightning_segxai.data.subject_rows import SubjectRow
+from lightning_segxai.data.survey import Survey, first_patches, survey
 
 _TILES = 48
 _WIDTH = 160  # of the table, where there is no terminal to say so
+# Columns that a narrow terminal goes without, the first one first; problems are told below, too
+_LEFT_OUT = ("problems", "vessel voxels", "min", "median", "subject", "max", "99.95 %", "split")
 
 
 def inspect_data(data: object, out: str) -> None:
@@ -52,7 +57,7 @@ def inspect_data(data: object, out: str) -> None:
         print(error, file=sys.stderr)  # line by line, which is one line no more below
         raise ValueError("The subjects cannot be listed, see above.") from error
     page = _page()
-    page.print(subject_table(found.rows))
+    page.print(subject_table(found.rows, page.width))
     page.print(_summary(data, found))
     for word, color, texts in (
         ("error", "red", found.errors),
@@ -75,32 +80,53 @@ def _page() -> Console:
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
-def subject_table(rows: Sequence[SubjectRow]) -> Table:
-    """A row for each volume."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    people = any(row.subject != row.name for row in rows)
-    table.add_column("name", overflow="fold", max_width=40)
-    if people:
-        table.add_column("subject", overflow="fold", max_width=24)
-    table.add_column("split")
-    for head in ("voxels", "spacing mm", "min", "median", "99.95 %", "max", "vessel %", "voxels"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("problems", overflow="fold")
-    for row in rows:
-        troubles = [short(text, row.name) for text in (*row.errors, *row.warnings)]
-        table.add_row(
-            row.name,
-            *([row.subject] if people else []),
-            row.split or "?",
-            _by(row.shape),
-            _by(row.spacing_mm),
-            *("-" * 4 if row.intensity is None else map(_number, row.intensity)),
-            "-" if row.vessel_share is None else f"{100 * row.vessel_share:.3g}",
-            "-" if row.vessel_voxels is None else f"{row.vessel_voxels:,}",
-            "; ".join(troubles),
-            style="red" if row.errors else "",
-        )
+def subject_table(rows: Sequence[SubjectRow], width: int) -> Table:
+    """A row for each volume; where the width does not do, columns are left out and named.
+
+    Args:
+        rows: Of all volumes.
+        width: Characters of a line.
+    """
+    columns = _columns(rows)
+    rooms = {head: max(map(len, (head, *cells))) + 2 for head, cells in columns.items()}
+    widest = {"name": 40, "subject": 24, "problems": 32}
+    rooms = {head: min(room, widest.get(head, room) + 2) for head, room in rooms.items()}
+    left_out = []
+    for head in _LEFT_OUT:
+        if head in columns and sum(rooms[head] for head in columns) > width:
+            columns.pop(head)
+            left_out.append(head)
+    told = f"for want of width without: {', '.join(left_out)}" if left_out else None
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=told, caption_justify="left"
+    )
+    for head in columns:
+        words = head in ("name", "subject", "split", "problems")
+        side: Literal["left", "right"] = "left" if words else "right"
+        most = widest.get(head) if head != "problems" else None
+        table.add_column(head, justify=side, overflow="fold", no_wrap=not words, max_width=most)
+    for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(*cells, style="red" if row.errors else "")
     return table
+
+
+def _columns(rows: Sequence[SubjectRow]) -> dict[str, list[str]]:
+    """The cells of the table, by the heads of its columns."""
+    columns = {"name": [row.name for row in rows]}
+    if any(row.subject != row.name for row in rows):
+        columns["subject"] = [row.subject for row in rows]
+    columns["split"] = [row.split or "?" for row in rows]
+    columns["voxels"] = [_by(row.shape) for row in rows]
+    columns["spacing mm"] = [_by(row.spacing_mm) for row in rows]
+    for n, head in enumerate(("min", "median", "99.95 %", "max")):
+        columns[head] = ["-" if r.intensity is None else _number(r.intensity[n]) for r in rows]
+    shares, counts = [row.vessel_share for row in rows], [row.vessel_voxels for row in rows]
+    columns["vessel %"] = ["-" if share is None else f"{100 * share:.3g}" for share in shares]
+    columns["vessel voxels"] = ["-" if count is None else f"{count:,}" for count in counts]
+    columns["problems"] = [
+        "; ".join([*(short(text, row.name) for text in row.errors), *row.warnings]) for row in rows
+    ]
+    return columns
 
 
 def short(text: str, name: str) -> str:
@@ -111,8 +137,8 @@ def short(text: str, name: str) -> str:
     """
     own = re.escape(f'subject "{name}"')
     text = re.sub(rf"^The (\w+) of {own}(?: \(.*?\))? ", r"\1 ", " ".join(text.split()))
-    text = re.sub(rf"^{own}: ", "", text, flags=re.IGNORECASE)
-    return text.split(". ")[0].rstrip(".")
+    text = text.split(". ")[0].split(", which ")[0].rstrip(".")
+    return text if len(text) < 90 else text.split(": ")[0]
 
 
 def _summary(data: MRADataModule, found: Survey) -> Table:
@@ -121,11 +147,12 @@ def _summary(data: MRADataModule, found: Survey) -> Table:
     table.add_column(overflow="fold")
     for split in ("train", "val", "test"):
         rows = [row for row in found.rows if row.split == split]
-        people = len({row.subject for row in rows})
-        table.add_row(split, f"{_count(len(rows), 'volume')} of {_count(people, 'subject')}")
+        people = _count(len({row.subject for row in rows}), "subject")
+        broken = sum(bool(row.errors) for row in rows)
+        text = f"{_count(len(rows), 'volume')} of {people}" if rows else "none"
+        table.add_row(split, text + f", {broken} of which cannot be used" * bool(broken))
     table.add_row("kept", _kept(data, found))
     table.add_row("spacing", _spacings(data, found))
-    size = _by(data.patch_size)
     if found.plan is None:
         table.add_row("epoch", "nothing to train on")
     else:
@@ -134,13 +161,13 @@ def _summary(data: MRADataModule, found: Survey) -> Table:
         table.add_row(
             "epoch",
             f"{_count(patches, 'patch', 'es')}, {plan.samples_per_volume} of each volume, in "
-            f"{_count(len(plan), 'batch', 'es')} of {plan.batch_size}, for one process",
+            f"{_count(len(plan), 'batch', 'es')} of at most {plan.batch_size}, on one device",
         )
-        empty = sum(share == 0 for share in shares)
+        empty = 100 * sum(share == 0 for share in shares) / len(shares)
         table.add_row(
             "patch",
-            f"{size} voxels, {statistics.median(shares):.2g} % of them vessel (median); "
-            f"{100 * empty / len(shares):.0f} % of the patches have none",
+            f"{_by(data.patch_size)} voxels, {statistics.median(shares):.2g} % of them vessel in "
+            f"the median; no vessel in {empty:.0f} % of the patches",
         )
     table.add_row("sampling", told(data.sampling))
     table.add_row("", "")
@@ -171,37 +198,44 @@ def _counted(spacings: Iterable[tuple[float, ...]]) -> str:
     return ", ".join(f"{spacing} ({n})" for spacing, n in counts.most_common()) or "unknown"
 
 
-def _subjects_picture(rows: Sequence[SubjectRow]):
+def _subjects_picture(rows: Sequence[SubjectRow]) -> Image:
     shown = rows[:_TILES]
     frames = [
         Frame(
             row.name,
-            f"{row.split or '?'} · {_by(row.spacing_mm)} mm",
+            (row.split or "?") + (f" · {_by(row.spacing_mm)} mm" if row.spacing_mm else ""),
             row.flat,
-            "; ".join(short(text, row.name) for text in (*row.errors, *row.warnings)),
+            "; ".join([short(text, row.name) for text in row.errors] or row.warnings),
         )
         for row in shown
     ]
-    count = _count(len(rows), "subject")
-    title = count if len(shown) == len(rows) else f"{len(shown)} of {count}"
+    splits = Counter(row.split or "?" for row in rows)
+    parts = [_count(len(rows), "volume"), *(f"{n} {split}" for split, n in splits.items())]
     notes = [
-        "Largest intensity from head to foot, seen from the feet: the patient's right is left."
+        "Largest intensity along the body's axis, seen from the feet: the patient's right is on "
+        "the left."
     ]
-    return contact_sheet(frames, title=title, notes=notes, sides=True)
+    if len(shown) < len(rows):
+        notes.append(f"The first {len(shown)} of {len(rows)} are shown.")
+    return contact_sheet(frames, title=" · ".join(parts), notes=notes, sides=True)
 
 
-def _patches_picture(data: MRADataModule, found: Survey):
-    probes = first_patches(data, found, batches=2, most=24)
-    frames = []
-    for probe in probes:
-        frames.append(Frame(probe.name, "", probe))
-    title = "The first patches of a training" if probes else "Nothing to train on"
+def _patches_picture(data: MRADataModule, found: Survey) -> Image:
+    frames = [
+        Frame(flat.name, f"{100 * share:.2g} % vessel", flat)
+        for flat, share in first_patches(data, found, batches=2, most=24)
+    ]
+    title = "The first patches of a training" if frames else "Nothing to train on"
     notes = [f"{_by(data.patch_size)} voxels, after sampling and augmentation, which may mirror."]
-    return contact_sheet(frames, title=title, notes=notes if probes else [], sides=False)
+    return contact_sheet(frames, title=title, notes=notes if frames else [], sides=False)
 
 
 def _by(numbers: Sequence[float] | None) -> str:
-    return "-" if numbers is None else " x ".join(f"{n:.4g}" for n in numbers)
+    return (
+        "-"
+        if numbers is None
+        else " x ".join(str(n) if isinstance(n, int) else f"{n:.3g}" for n in numbers)
+    )
 
 
 def _number(value: float) -> str:

@@ -116,7 +116,9 @@ def share_of_epoch(trainer: Any, passes: int, voxels: int, every_n: int) -> floa
     patch = getattr(trainer.datamodule, "patch_size", None) if trainer.datamodule else None
     batches = trainer.num_training_batches
     # a loader of whole batches leaves their size to the data module
-    size: int = getattr(loader, "batch_size", None) or getattr(trainer.datamodule, "batch_size", 1)
+    size = int(
+        getattr(loader, "batch_size", None) or getattr(trainer.datamodule, "batch_size", None) or 1
+    )
     interval = trainer.val_check_batch  # None where it is a time
     if dataset is None or not isinstance(batches, int) or batches < 1 or not interval:
         return None

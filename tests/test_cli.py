@@ -72,7 +72,9 @@ def refused(capsys, args: list[str]) -> str:
     return error[-1]
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["explain", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["fit", "--help"], ["explain", "--help"], ["data", "--help"]]
+)
 def test_help_is_a_success(capsys, args):
     """It names the commands, or the monitor's arguments."""
     with pytest.raises(SystemExit) as stop:
@@ -80,7 +82,8 @@ def test_help_is_a_success(capsys, args):
     text = capsys.readouterr().out
 
     assert stop.value.code == 0
-    assert {"--help": "layers", "fit": "--segxai.methods", "explain": "--ckpt"}[args[0]] in text
+    told = {"--help": "layers", "fit": "--segxai.methods", "explain": "--ckpt", "data": "data-look"}
+    assert told[args[0]] in text
 
 
 def test_the_demo_leaves_everything_in_its_wandb_run(tmp_path, monkeypatch, capsys):
@@ -146,6 +149,31 @@ def test_layers_are_listed_with_their_shapes(trained, capsys):
     assert "net.head" in table
     assert "<- auto" in table
     assert "16 x 16 x 16" in table
+
+
+def test_data_are_looked_at_before_a_training(tmp_path, capsys):
+    """A table and two pictures; the status is 0, but 2 where a subject cannot be used."""
+    config, out = configuration(tmp_path), tmp_path / "look"
+    args = ["data", "--config", str(config), "--out", str(out)]
+
+    cli.main(args)
+    text = capsys.readouterr().out
+
+    assert text.count("32 x 32 x 24") == 3
+    assert {path.name for path in out.iterdir()} == {"subjects.png", "patches.png"}
+    for n in range(3):
+        for folder in ("images", "labels"):
+            (tmp_path / "pairs" / folder).mkdir(parents=True, exist_ok=True)
+            values = np.random.default_rng(n).random((18, 18, 18), "f4")
+            array = values if folder == "images" else np.uint8(values > (0.9 if n else 2))
+            volume(tmp_path / "pairs" / folder / f"p{n}.nii.gz", array)
+    content = yaml.safe_load(config.read_text())
+    content["data"]["init_args"] = {"root": str(tmp_path / "pairs"), "patch_size": 16}
+    config.write_text(yaml.safe_dump(content))
+    (out / "subjects.png").unlink()
+
+    assert refused(capsys, args) == "segxai: error: 1 of 3 subjects cannot be used, see above."
+    assert (out / "subjects.png").exists()
 
 
 BAD_IMAGES = {

@@ -16,7 +16,7 @@ from rich.progress import track
 from lightning_segxai.data.cache import DamagedEntryError, VolumeCache
 from lightning_segxai.data.keeping import Held, Keeper, Mapped, Passing
 from lightning_segxai.data.preparation import Preparation
-from lightning_segxai.data.room import Cache, chosen_cache
+from lightning_segxai.data.room import Cache, chosen_cache, give_back
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.sources import Source
 from lightning_segxai.data.volumes import Volume
@@ -98,6 +98,7 @@ def gather(
                 _keep(found, shelf, preparation, volume)
         except ValueError as error:
             found.errors.append(str(error))
+        give_back()
     _look_over(found, {s.name: split for s, split in zip(sources, splits, strict=True)}, patch_size)
     return found
 

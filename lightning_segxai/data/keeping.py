@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -13,17 +13,6 @@ from lightning_segxai.data.cache import DamagedEntryError, VolumeCache
 from lightning_segxai.data.preparation import Preparation
 from lightning_segxai.data.volumes import About, Volume
 from lightning_segxai.values import Shape
-
-
-class Keeper(Protocol):
-    """What gives one volume, again and again."""
-
-    @property
-    def about(self) -> About:
-        """What is known of it without reading it."""
-
-    def read(self) -> Volume:
-        """The volume."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +23,11 @@ class Held:
 
     @property
     def about(self) -> About:
+        """What is known of it without its voxels."""
         return self.volume.about
 
     def read(self) -> Volume:
+        """The volume."""
         return self.volume
 
 
@@ -60,6 +51,7 @@ class Mapped:
         self._volume: Volume | None = None
 
     def read(self) -> Volume:
+        """The volume, mapped to memory once."""
         if self._volume is None:
             self._volume = self._read()
         return self._volume
@@ -96,7 +88,12 @@ class Passing:
     index: Mapping[str, np.ndarray]
 
     def read(self) -> Volume:
+        """The volume, made anew."""
         return self.preparation.again(self.index)
+
+
+Keeper = Held | Mapped | Passing
+"""What gives one volume, again and again."""
 
 
 class KeptVolumes(Sequence[Volume]):

@@ -31,14 +31,12 @@ class EpochBatches(DistributedSampler[tuple[int, int]]):
 
     Args:
         plan: What the epochs hold.
-        frozen: Whether every epoch is the first one, for overfitting on purpose.
     """
 
-    def __init__(self, plan: EpochPlan, frozen: bool = False) -> None:
+    def __init__(self, plan: EpochPlan) -> None:
         # nothing of the base is used but what it is
         super().__init__(range(len(plan)), plan.processes, plan.rank, shuffle=False)  # type: ignore[arg-type]
         self.plan = plan
-        self.frozen = frozen
         self.first = 0
 
     def __len__(self) -> int:
@@ -55,8 +53,7 @@ class EpochBatches(DistributedSampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # changes nothing: a DataLoader with workers begins twice
-        epoch = 0 if self.frozen else self.epoch
-        return iter([(epoch, number) for number in range(self.first, len(self))])
+        return iter([(self.epoch, number) for number in range(self.first, len(self))])
 
 
 class PatchLoader(DataLoader[Batch]):
@@ -70,7 +67,9 @@ class PatchLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = self.sampler
-        assert isinstance(batches, EpochBatches)
+        if not isinstance(batches, EpochBatches):  # Lightning's own, for `overfit_batches`
+            yield from super().__iter__()
+            return
         self._at = (batches.epoch, batches.first)
         given = super().__iter__()
         batches.epoch, batches.first = batches.epoch + 1, 0
@@ -84,9 +83,9 @@ class PatchLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was called."""
-        assert isinstance(self.sampler, EpochBatches)
         self._at = (state["epoch"], state["batches"])
-        self.sampler.resume(*self._at)
+        if isinstance(self.sampler, EpochBatches):
+            self.sampler.resume(*self._at)
 
 
 class CachedPatches(Dataset[Batch]):
@@ -117,8 +116,8 @@ class CachedPatches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, number = key
+    def __getitem__(self, key: tuple[int, int] | int) -> Batch:
+        epoch, number = epoch_and_number(key)
         places, seeds = [], []
         for draw in self.plan.batches(epoch)[number]:
             volume, generator = self.volumes[draw.volume], self.plan.generator(epoch, draw)
@@ -127,6 +126,11 @@ class CachedPatches(Dataset[Batch]):
             places.append((volume, start))
             seeds.append(int(generator.integers(2**63)))
         return augmented(batch_of(places, self.size), seeds, self.augmentation)
+
+
+def epoch_and_number(key: tuple[int, int] | int) -> tuple[int, int]:
+    """A batch as `EpochBatches` tells it; a bare number, of Lightning's sampler, is of epoch 0."""
+    return key if isinstance(key, tuple) else (0, key)
 
 
 def augmented(batch: Batch, seeds: Sequence[int], augmentation: Augmentation | None) -> Batch:
@@ -152,8 +156,8 @@ class Places(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, chosen: Sequence[int]) -> Batch:
-        places = [self.places[n] for n in chosen]
+    def __getitem__(self, chosen: Sequence[int] | int) -> Batch:
+        places = [self.places[n] for n in ([chosen] if isinstance(chosen, int) else chosen)]
         size = places[0][2]
         return batch_of([(self.volumes[at], start) for at, start, _ in places], size)
 

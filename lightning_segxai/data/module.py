@@ -204,12 +204,6 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             return
         sources = self.sources()
         splits = self._assigned(sources)
-        if len(sources) < 2:
-            raise ValueError(
-                "`MRADataModule` needs at least two subjects, one of them for validation, but "
-                f"found only {', '.join(repr(s.name) for s in sources)} in "
-                f"{self.phantom or self.root or 'the list'}."
-            )
         gathered = gather(
             sources,
             splits,
@@ -260,7 +254,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         on_device = self._on_gpu() and self._augmentation.vectorized
         augmentation = None if on_device else self._augmentation
         volumes = self._volumes("train")
-        batches = EpochBatches(plan, frozen=bool(getattr(self.trainer, "overfit_batches", 0)))
+        batches = EpochBatches(plan)
         if self._gathered is not None and self._gathered.cache == "none":
             dataset: Dataset[Batch] = QueuedPatches(
                 plan, volumes, self.patch_size, self.sampling, augmentation, self.num_workers

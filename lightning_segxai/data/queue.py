@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_segxai.data.augmentation import Augmentation
 from lightning_segxai.data.keeping import KeptVolumes
-from lightning_segxai.data.loaders import Batch, augmented
+from lightning_segxai.data.loaders import Batch, augmented, epoch_and_number
 from lightning_segxai.data.plan import Draw, EpochPlan
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.volumes import Volume, batch_of, patch, patch_affine
@@ -61,9 +61,9 @@ class QueuedPatches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, number = key
-        if self._queue is None or key != self._next:
+    def __getitem__(self, key: tuple[int, int] | int) -> Batch:
+        epoch, number = epoch_and_number(key)
+        if self._queue is None or (epoch, number) != self._next:
             self._queue = self._opened(epoch)
             self._state = None
             for earlier in range(number):

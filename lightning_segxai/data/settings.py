@@ -10,6 +10,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def told(value: object) -> str:
     >>> told({"a": [1, 2.5, None], "b": Path("data/landmarks.npy")})
     'a=[1, 2.5, None], b=landmarks.npy'
     """
-    return _told(value, ())
+    return _items(value, ()) if isinstance(value, Mapping) else _told(value, ())
 
 
 def _told(value: object, around: tuple[int, ...]) -> str:
@@ -38,7 +39,7 @@ def _told(value: object, around: tuple[int, ...]) -> str:
         return plain
     around = (*around, id(value))
     if isinstance(value, Mapping):
-        return ", ".join(f"{k}={_told(v, around)}" for k, v in value.items())
+        return "{" + _items(value, around) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_told(v, around) for v in value) + "]"
     if isinstance(value, AbstractSet):
@@ -48,9 +49,13 @@ def _told(value: object, around: tuple[int, ...]) -> str:
         return f"{name} {_code(value, around)}" if "<" in name else name
     if isinstance(value, MethodType):
         return f"{_told(value.__self__, around)}.{value.__func__.__name__}"
-    own = _told(_own(value), around)
+    own = _items(_own(value), around)
     name = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{name}({own})" if own or isinstance(value, tio.Transform) else name
+
+
+def _items(values: Mapping[Any, object], around: tuple[int, ...]) -> str:
+    return ", ".join(f"{key}={_told(value, around)}" for key, value in values.items())
 
 
 def _plain(value: object) -> str | None:

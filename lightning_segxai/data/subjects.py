@@ -229,18 +229,19 @@ def _check_grid(subject: tio.Subject, key: str) -> None:
 
 
 def _check_label(subject: tio.Subject, classes: int | None, labeled: bool) -> None:
-    found = torch.unique(subject.get_image("label").data)
-    good = (found >= 0) & (found == found.round())
+    values = subject.get_image("label").data
+    good = (values >= 0) & (values == values.round())
     if classes is not None:
-        good &= found < classes
+        good &= values < classes
     if not bool(good.all()):
-        wrong = ", ".join(f"{v:g}" for v in found[~good][:5].tolist())
+        wrong_ones = torch.unique(values[~good])
+        wrong = ", ".join(f"{v:g}" for v in wrong_ones[:5].tolist())
         wanted = "whole numbers from 0" + ("" if classes is None else f" to {classes - 1}")
         raise ValueError(
             f"{_who(subject, 'label')} needs {wanted}, but holds {wrong}. "
             "Map its values to classes, or give the right number of `classes`."
         )
-    if labeled and not bool(found.any()):
+    if labeled and not bool(values.any()):
         raise ValueError(
             f"{_who(subject, 'label')} has no vessel voxel: nothing to learn or to find."
         )

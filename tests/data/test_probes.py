@@ -14,13 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor, list_data_collate
 
-from lightning_segxai.data.probes import (
-    ProbeFile,
-    batch_probes,
-    read_probe,
-    subject_probe,
-    to_file_grid,
-)
+from lightning_segxai.data.batches import batch_probes
+from lightning_segxai.data.file_grid import to_file_grid
+from lightning_segxai.data.preparation import prepared
+from lightning_segxai.data.probes import ProbeFile, read_probe, volume_probe
 
 SHARED = Path(os.environ.get("SEGXAI_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CROP = SHARED / "topcow_066_crop_mra.nii.gz"
@@ -149,9 +146,9 @@ def test_file_grid_of_a_patch_is_zero_elsewhere(tmp_path):
     """A map of a patch returns to its place in the file; padding falls away."""
     image = noise()
     path = write(tmp_path / "head.nii.gz", image)
-    whole = tio.ToCanonical()(tio.Subject(image=tio.ScalarImage(path), name="head"))
+    whole = prepared(tio.Subject(image=tio.ScalarImage(path), name="head"), tio.ToCanonical())
     with pytest.warns(UserWarning, match="smaller than the patch"):
-        probe = subject_probe(whole, "patch", center=(2, 4, 4), size=(4, 5, 12))
+        probe = volume_probe(whole, "patch", center=(2, 4, 4), size=(4, 5, 12))
 
     back, _ = to_file_grid(probe.image[0], probe, path)
 
@@ -226,14 +223,46 @@ def subject(name="head"):
     )
 
 
-def test_subject_probe_cuts_around_its_center():
+def test_volume_probe_cuts_around_its_center():
     """A patch has its size, its voxels, its place in the world and its regions."""
-    probe = subject_probe(subject(), "head-1", center=(5, 5, 5), size=4)
+    volume = prepared(subject(), tio.ToCanonical())
+    probe = volume_probe(volume, "head-1", center=(5, 5, 5), size=4)
 
     assert torch.equal(probe.image[0], subject()["image"].data[0, 3:7, 3:7, 3:7])
     assert np.allclose(probe.affine[:3, 3], (1.5, 1.5, 2.4))
     assert torch.equal(probe.regions["brain"], probe.image[0] > 90)
-    assert subject_probe(subject(), "whole").shape == SHAPE
+    assert volume_probe(volume, "whole").shape == SHAPE
+
+
+def test_fingerprint_is_of_the_stored_voxels(tmp_path):
+    """How preprocessing rounds does not matter, nor how the file is turned; its voxels do."""
+    image = noise()
+    path = write(tmp_path / "lps.nii.gz", image)
+    turned = write(tmp_path / "ras.nii.gz", image[::-1, ::-1], RAS @ _to_corner(image.shape))
+    other = image.copy()
+    other[1, 2, 3] += 1
+
+    class Rounded(tio.ZNormalization):
+        def apply_transform(self, subject):
+            subject = super().apply_transform(subject)
+            subject["image"].set_data(subject["image"].data * (1 + 1e-7))
+            return subject
+
+    Rounded.__qualname__ = Rounded.__name__ = "ZNormalization"
+    same = [read_probe(p, preprocessing=tio.ZNormalization()) for p in (path, turned)]
+    rounded = read_probe(path, preprocessing=Rounded())
+    changed = read_probe(write(tmp_path / "x.nii.gz", other), preprocessing=tio.ZNormalization())
+
+    assert same[0].fingerprint == same[1].fingerprint == rounded.fingerprint
+    assert rounded.voxels != same[0].voxels
+    assert changed.fingerprint != same[0].fingerprint
+
+
+def _to_corner(shape):
+    """From voxels of the turned array to millimeters of the LPS one, but for the scale of RAS."""
+    corner = np.eye(4)
+    corner[:3, 3] = (LPS @ [shape[0] - 1, shape[1] - 1, 0, 1])[:3] / np.diag(RAS)[:3]
+    return corner
 
 
 def loaded(*names):
