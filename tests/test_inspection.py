@@ -239,15 +239,28 @@ def test_wrong_splits_are_told_beside_the_table(table, tmp_path, capsys):
     assert (tmp_path / "out" / "patches.png").exists()
 
 
-def test_files_that_are_not_there_are_told_line_by_line(table, tmp_path, capsys):
-    """They cannot be listed, so there is no table; the lines come before the last one."""
+def test_files_that_are_not_there_are_told_with_their_subjects(table, tmp_path, capsys):
+    """The others are shown all the same."""
     (table.root / "one.nii.gz").unlink()
     (table.root / "three-label.nii.gz").unlink()
-    with pytest.raises(ValueError, match="cannot be listed, see above"):
+    with pytest.raises(ValueError, match="2 of 3 subjects cannot be used, see above"):
         inspect_data(table.module(), str(tmp_path / "out"))
+    told = capsys.readouterr().out
+
+    assert told.count("does not exist") >= 2
+    assert (tmp_path / "out" / "subjects.png").is_file()
+
+
+def test_subjects_that_cannot_be_listed_are_told_line_by_line(table, tmp_path, capsys):
+    """There is no table then; the lines come before the last one."""
+    data = table.module()
+    with (table.root / "table.csv").open("a") as file:
+        file.write(",x.nii.gz\n,y.nii.gz\n")
+    with pytest.raises(ValueError, match="cannot be listed, see above"):
+        inspect_data(data, str(tmp_path / "out"))
     told = capsys.readouterr().err.splitlines()
 
-    assert sum("does not exist" in row for row in told) == 2
+    assert sum("there is no image" in row for row in told) == 2
 
 
 def test_another_data_module_is_refused(tmp_path):

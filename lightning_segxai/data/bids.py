@@ -39,15 +39,8 @@ def bids_subjects(root: Path) -> list[SubjectFiles]:
             if len(paths) > 1:
                 told = ", ".join(map(str, paths))
                 problems.append(f"{image} has {len(paths)} {kind} masks: {told}. Keep one of them")
-        if not found["vessel"]:
-            problems.append(f"{image} has no derivatives/.../{name}_desc-vessel_mask.nii.gz")
         if name in sources:
             problems.append(f"{image} and {sources[name].image} are both {name!r}")
-        problems += [
-            f"{path} {state}"
-            for path in (image, *found["vessel"], *found["brain"])
-            if (state := absence(path))
-        ]
         metadata = dict(people.get(subject, {}))
         try:
             sources[name] = SubjectFiles(

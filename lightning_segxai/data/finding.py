@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_segxai.data.bids import bids_subjects
-from lightning_segxai.data.sources import SubjectFiles, refuse
+from lightning_segxai.data.sources import SubjectFiles
 from lightning_segxai.data.subjects import ENDINGS, absence, file_stem
 from lightning_segxai.data.tables import table_subjects
 from lightning_segxai.values import checked_name
@@ -24,9 +24,11 @@ def find_subjects(root: str | Path) -> list[SubjectFiles]:
       beside it ``*_desc-brain_mask.nii.gz``, which becomes the map ``brain``. Columns of
       ``participants.tsv`` are metadata, except ``split``, which is the split.
 
+    Whether images and labels are there, and are any good, is not looked at yet.
+
     Raises:
-        ValueError: for any other root, and once for all that is wrong with it: files that are
-            missing or stand alone, names that are bad or given twice.
+        ValueError: for any other root, and once for all that is wrong with it: labels that stand
+            alone, masks that are there twice, names that are bad or given twice.
     """
     root = Path(root).expanduser()
     if root.is_file() and root.suffix.lower() == ".csv":
@@ -47,16 +49,15 @@ def find_subjects(root: str | Path) -> list[SubjectFiles]:
 
 def _paired_subjects(root: Path) -> list[SubjectFiles]:
     images, labels = (_volumes(root, folder) for folder in ("images", "labels"))
-    lonely = [str(images[n]) for n in sorted(images.keys() - labels.keys())]
-    lonely += [str(labels[n]) for n in sorted(labels.keys() - images.keys())]
+    lonely = [str(labels[name]) for name in sorted(labels.keys() - images.keys())]
     if lonely:
         raise ValueError(
-            f"{root} needs a label for every image, under the same name, and an image for every "
-            f"label, but these stand alone: {', '.join(lonely)}."
+            f"{root} needs an image for every label, under the same name, but these stand alone: "
+            f"{', '.join(lonely)}."
         )
-    paths = [path[name] for name in sorted(images) for path in (images, labels)]
-    refuse(root, [f"{path} {state}" for path in paths if (state := absence(path))])
-    return [SubjectFiles(str(images[n]), str(labels[n]), name=n) for n in sorted(images)]
+    # A label that is not there is told with all else that is wrong with the subjects
+    expected = {name: labels.get(name, root / "labels" / f"{name}.nii.gz") for name in images}
+    return [SubjectFiles(str(images[n]), str(expected[n]), name=n) for n in sorted(images)]
 
 
 def _volumes(root: Path, folder: str) -> dict[str, Path]:

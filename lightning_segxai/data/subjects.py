@@ -95,7 +95,10 @@ def check_subject(subject: tio.Subject, classes: int | None = None, labeled: boo
     if "label" in subject:
         _check_label(subject, classes, labeled)
     elif labeled:
-        raise ValueError(f"{_who(subject, 'image')} has no label, and needs one here. Give it.")
+        raise ValueError(
+            f"{_who(subject, 'image')} has no label, and needs one here. Give it, or drop the "
+            "image."
+        )
     if "weights" in subject:
         weights = subject.get_image("weights").data
         if bool((weights < 0).any()) or not bool(weights.any()):
@@ -197,16 +200,15 @@ def _origin(path: Path) -> tuple[float, ...]:
 
 
 def _finite_on_disk(image: tio.Image) -> bool:
-    """What NiBabel says: SimpleITK, TorchIO's reader, turns NaN and infinity of NIfTI into 0.
+    """What NiBabel says, which raises for a file that was cut off.
 
-    It does so unasked, and keeps them in NRRD and MetaImage.
+    SimpleITK, TorchIO's reader, turns NaN and infinity into 0 unasked, and gives zeros for what is
+    missing at the end of a compressed file of whole numbers.
     """
     if not str(image.path).endswith(NIFTI):
         return True
-    file = cast(SpatialImage, nib.load(str(image.path)))
-    if file.get_data_dtype().kind != "f":
-        return True
-    return bool(np.isfinite(np.asanyarray(file.dataobj)).all())
+    voxels = np.asanyarray(cast(SpatialImage, nib.load(str(image.path))).dataobj)
+    return voxels.dtype.kind != "f" or bool(np.isfinite(voxels).all())
 
 
 def _check_grid(subject: tio.Subject, key: str) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_segxai.data.sources import SubjectFiles, refuse
-from lightning_segxai.data.subjects import absence
 
 
 def table_subjects(path: Path) -> list[SubjectFiles]:
@@ -26,11 +25,6 @@ def table_subjects(path: Path) -> list[SubjectFiles]:
         except ValueError as error:
             problems.append((line, str(error)))
             continue
-        problems += [
-            (line, f"its {key}, {file}, {state}")
-            for key, file in source.paths.items()
-            if (state := absence(file))
-        ]
         first = lines.setdefault(source.name, line)
         if first != line:
             told = f"the name {source.name!r} is that of line {first} too; a column `name` tells"

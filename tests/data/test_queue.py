@@ -97,11 +97,16 @@ def test_the_queue_never_fills_up_amid_a_volume(whole):
 def test_each_volume_is_read_once_in_an_epoch(monkeypatch):
     """A volume is asked for once, although patches of sixteen are shuffled together."""
     plan = EpochPlan(40, 3, 4)
-    volumes = volumes_of(40)
     asked = []
-    real = KeptVolumes.__getitem__
-    monkeypatch.setattr(KeptVolumes, "__getitem__", lambda s, at: asked.append(at) or real(s, at))
-    drawn(queued(plan, volumes), 0)
+    real = queue_module._Shares.__getitem__
+
+    def read(shares, at):
+        share = real(shares, at)
+        asked.append(share.draws[0].volume)
+        return share
+
+    monkeypatch.setattr(queue_module._Shares, "__getitem__", read)
+    drawn(queued(plan), 0)
     assert sorted(asked) == list(range(40))
 
 
@@ -135,8 +140,8 @@ def test_queue_is_the_same_again(seed):
 def test_queue_goes_on_amid_an_epoch(first):
     """Asked for batch n at once, it gives what it would have given after the others."""
     plan = EpochPlan(6, 4, 4, 11)
-    batches = [rows(queued_batch) for queued_batch in (lambda q: [q[1, n] for n in range(6)])(queued(plan))]
     patches = queued(plan)
+    batches = [rows(patches[1, number]) for number in range(6)]
     drawn(patches, 0)
     assert drawn(patches, 1, first) == list(chain.from_iterable(batches[first:]))
 

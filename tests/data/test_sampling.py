@@ -58,7 +58,7 @@ def test_start_around_is_the_nearest_place_inside(center, size):
             allowed = range(8 - s + 1)
             assert a == min(allowed, key=lambda b: abs(b - (c - s // 2)))
         else:
-            assert 0 <= -a
+            assert -a >= 0
             assert a + s >= 8
             assert abs(-a - (a + s - 8)) <= 1
 

@@ -116,7 +116,12 @@ def test_a_volume_without_label_leaves_the_label_out():
     """A batch has labels only where every volume has one; other maps stay behind."""
     labeled = volume(brain=torch.ones(SHAPE, dtype=torch.uint8))
     bare = Volume("b", torch.zeros(SHAPE), {}, np.eye(4), 0.0)
-    assert set(batch_of([(labeled, (0, 0, 0))], (2, 2, 2))) == {"image", "label", "name", "location"}
+    assert set(batch_of([(labeled, (0, 0, 0))], (2, 2, 2))) == {
+        "image",
+        "label",
+        "name",
+        "location",
+    }
     assert "label" not in batch_of([(labeled, (0, 0, 0)), (bare, (0, 0, 0))], (2, 2, 2))
 
 
