@@ -254,8 +254,7 @@ def test_files_that_are_not_there_are_told_with_their_subjects(table, tmp_path, 
 def test_subjects_that_cannot_be_listed_are_told_line_by_line(table, tmp_path, capsys):
     """There is no table then; the lines come before the last one."""
     data = table.module()
-    with (table.root / "table.csv").open("a") as file:
-        file.write(",x.nii.gz\n,y.nii.gz\n")
+    (table.root / "table.csv").write_text("image,label\n,x.nii.gz\n,y.nii.gz\n")
     with pytest.raises(ValueError, match="cannot be listed, see above"):
         inspect_data(data, str(tmp_path / "out"))
     told = capsys.readouterr().err.splitlines()
