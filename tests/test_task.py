@@ -363,6 +363,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
         ("ds6_unet.yaml", 103_536_449, 1),
         ("ds6_unet_mss.yaml", 103_546_883, 3),
         ("ds6_attention_unet.yaml", 103_887_981, 1),
+        ("ds6_deformation.yaml", 103_546_883, 3),
     ],
 )
 def test_the_experiments_of_ds6(name, parameters, heads):
@@ -382,6 +383,7 @@ def test_the_experiments_of_ds6(name, parameters, heads):
     assert sum(p.numel() for p in task.parameters()) == parameters
     assert 1 + len(task.net.supervision) == heads
     assert isinstance(task.loss, DeepSupervision) == (heads > 1)
+    assert (task.consistency is not None) == (name == "ds6_deformation.yaml")
     assert (task.lr, task.window) == (0.01, (64, 64, 64))
     assert (config["trainer"]["max_epochs"], config["trainer"]["precision"]) == (50, "16-mixed")
     assert config["data"]["init_args"]["patch_size"] == 64

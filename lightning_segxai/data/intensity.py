@@ -15,10 +15,10 @@ from torchio.transforms.intensity_transform import IntensityTransform
 class ForegroundNormalization(IntensityTransform):
     """Z-normalization by the mean and the deviation of the head, without the air around it.
 
-    The head is what is brighter than a quarter of the 75th percentile. Air has a tenth of the
-    tissue's signal, and the rule does not depend on how much air or how many vessels there are,
-    while voxels above the mean, TorchIO's usual mask, are tissue in a whole head and vessels in a
-    crop. A volume with negative values is taken whole. Nothing is clipped.
+    The head is what is brighter than a quarter of its own median. Air has a tenth of the tissue's
+    signal, and the rule does not depend on how much air or how many vessels there are, while
+    voxels above the mean, TorchIO's usual mask, are tissue in a whole head and vessels in a crop.
+    A volume with negative values is taken whole. Nothing is clipped.
 
     Sums are in float64, so that the result does not depend on the number of threads.
     """
@@ -30,7 +30,7 @@ class ForegroundNormalization(IntensityTransform):
     def apply_transform(self, subject: tio.Subject) -> tio.Subject:
         for image in self.get_images(subject):
             values = image.data.float()
-            head = values[values > _quantile(values, 75) / 4] if values.min() >= 0 else values
+            head = _head(values) if values.min() >= 0 else values
             # not by the deviation, which rounding keeps above 0
             if not head.numel() or head.min() == head.max():
                 raise ValueError("All voxels that are brighter than air have the same value.")
@@ -80,7 +80,22 @@ class PercentileScaling(IntensityTransform):
         return subject
 
 
-def _quantile(values: Float[Tensor, "1 i j k"], percent: float) -> float:
+def _head(values: Float[Tensor, "1 i j k"]) -> Float[Tensor, " n"]:
+    """The voxels brighter than a quarter of their own median, looked for from above.
+
+    A brighter level has a brighter median, so that the levels go one way and come to an end, and
+    air is never among what they are made of.
+    """
+    level = _quantile(values, 99) / 4
+    while True:
+        head = values[values > level]
+        found = _quantile(head, 50) / 4 if head.numel() else level
+        if found == level:
+            return head
+        level = found
+
+
+def _quantile(values: Float[Tensor, "..."], percent: float) -> float:
     """The voxel value at a percentile, the lower one where it lies between two."""
     numbers = values.flatten()
     place = int(percent / 100 * (len(numbers) - 1))

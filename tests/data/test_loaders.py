@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, islice, pairwise, product
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def patches(batches):
         for n, name in enumerate(batch["name"]):
             place = tuple(batch["location"][n].tolist())
             bits = [batch[key]["data"][n].numpy().tobytes() for key in ("image", "label")]
-            affine = batch["image"]["affine"][n].tobytes()
+            affine = np.asarray(batch["image"]["affine"][n]).tobytes()
             seed = batch["seeds"][n].item() if "seeds" in batch else None
             rows.append((name, place, seed, affine, *bits))
         found.append(tuple(rows))
@@ -132,24 +133,43 @@ def test_a_patch_is_what_lies_there(backend):
             assert torch.equal(
                 batch["label"]["data"][n, 0], patch(one.maps["label"], start, SIZE, 0)
             )
-            world = batch["image"]["affine"][n] @ [1, 1, 1, 1]
+            world = np.asarray(batch["image"]["affine"][n]) @ [1, 1, 1, 1]
             assert np.allclose(world, one.affine @ [*(a + 1 for a in start), 1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loader", ["cached", "queue", "still"])
+def test_loaders_leave_a_batch_as_it_is(loader, workers):
+    """Affines stay in NumPy, as TorchIO's: tensors would be moved to a GPU, in float64."""
+    plan, volumes = EpochPlan(2, 2, 2), volumes_of(2)
+    if loader == "still":
+        batch = next(iter(still_loader(volumes, whole(volumes.shapes), FixedBatches(2, 1), workers)))
+    else:
+        batch = next(iter(loader_of(loader, plan, volumes, workers=workers)))
+    for key in ("image", "label"):
+        assert isinstance(batch[key]["affine"], np.ndarray)
+        assert batch[key]["affine"].dtype == np.float64
+        assert isinstance(batch[key]["data"], torch.Tensor)
+    assert isinstance(batch["name"], list)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_share_around_vessels_holds_over_the_epochs(backend):
-    """With a half, every volume gives a vessel in the middle in exactly half of its patches."""
-    plan = EpochPlan(3, 3, 2)
-    volumes = volumes_of(3)
-    sampling = BalancedSampling(1)
-    loader = loader_of(backend, plan, volumes)
-    loader.dataset.sampling = sampling
-    middle = tuple(s // 2 for s in SIZE)
-    for batch in loader:
-        for n, location in enumerate(batch["location"][:, :3].tolist()):
-            inside = all(0 < a < m - s for a, m, s in zip(location, (8, 7, 6), SIZE, strict=True))
-            if inside:  # not moved by the border
-                assert batch["label"]["data"][(n, 0, *middle)] == 1
+    """Of a volume's patches over epochs of odd length, every second one is around a vessel."""
+    volumes = KeptVolumes([Held(replace(k.volume, index={})) for k in volumes_of(3).keepers])
+    for keeper in volumes.keepers:  # one vessel voxel, and patches of one voxel
+        keeper.volume.maps["label"].zero_()[3, 3, 3] = 1
+        keeper.volume.index["vessels"] = np.array([(3 * 7 + 3) * 6 + 3], dtype=np.int32)
+    loader = loader_of(backend, EpochPlan(3, 3, 2), volumes)
+    loader.dataset.size = (1, 1, 1)
+    hits = Counter()
+    for _ in range(20):
+        for batch in loader:
+            names = [n for n, v in zip(batch["name"], batch["label"]["data"], strict=True) if v.any()]
+            hits.update(names)
+    # of 60 patches of each, 30 are around the voxel, and 30 anywhere among 336
+    assert len(hits) == 3
+    assert all(30 <= hit <= 33 for hit in hits.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -290,7 +310,12 @@ def test_overfitting_stays_in_the_first_epoch(backend):
     """With a plain sampler, which Lightning puts in place to overfit, each pass is epoch 0."""
     plan, volumes = EpochPlan(3, 3, 2, seed=8), volumes_of(3)
     planned = loader_of(backend, plan, volumes)
-    frozen = PatchLoader(planned.dataset, batch_size=None, sampler=SequentialSampler(planned.dataset))
+    frozen = PatchLoader(
+        planned.dataset,
+        batch_size=None,
+        sampler=SequentialSampler(planned.dataset),
+        collate_fn=planned.collate_fn,
+    )
     expected = patches(loader_of(backend, plan, volumes))
     for _ in range(3):
         assert patches(frozen) == expected

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import multiprocessing
 from collections import Counter
 from itertools import chain
 
@@ -64,7 +66,7 @@ def planned(plan, epoch):
 @example(volumes=35, samples=2, batch_size=4, processes=2)
 @example(volumes=1, samples=1, batch_size=1, processes=5)
 @example(volumes=7, samples=2, batch_size=1, processes=4)
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_queue_draws_what_is_planned(volumes, samples, batch_size, processes):
     """On every process and in every epoch the queue gives the planned patches, each as often."""
     for rank in range(processes):
@@ -193,6 +195,21 @@ def test_queue_over_files(tmp_path, workers):
     kept = CachedPatches(plan, KeptVolumes(held), SIZE, sampling, None)
     assert found(passing) == found(kept)
     assert KeptVolumes(keepers).shapes == [(6, 5, 4)] * 3
+
+
+def test_workers_end_with_the_queue():
+    """Nothing waits for the garbage collection, which would then wait five seconds for each."""
+    patches = queued(EpochPlan(5, 3, 4), workers=2)
+    before = set(multiprocessing.active_children())
+    patches[0, 0]
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    gc.disable()
+    try:
+        del patches
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
 
 
 def test_an_error_while_reading_keeps_the_global_generator(monkeypatch):
