@@ -190,8 +190,9 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         return list(self.subjects if self.subjects is not None else find_subjects(str(self.root)))
 
     def prepare_data(self) -> None:
-        """Fill the cache on disk, in one process of each machine; the others only open it."""
-        self.setup()
+        """Fill the cache on disk, in one process of each machine; the others then only open it."""
+        if self.cache != "memory" and self._place()[1] > 1:
+            self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, preprocess and split the subjects, once.

@@ -143,7 +143,9 @@ def test_loaders_leave_a_batch_as_it_is(loader, workers):
     """Affines stay in NumPy, as TorchIO's: tensors would be moved to a GPU, in float64."""
     plan, volumes = EpochPlan(2, 2, 2), volumes_of(2)
     if loader == "still":
-        batch = next(iter(still_loader(volumes, whole(volumes.shapes), FixedBatches(2, 1), workers)))
+        batch = next(
+            iter(still_loader(volumes, whole(volumes.shapes), FixedBatches(2, 1), workers))
+        )
     else:
         batch = next(iter(loader_of(loader, plan, volumes, workers=workers)))
     for key in ("image", "label"):
@@ -165,7 +167,9 @@ def test_the_share_around_vessels_holds_over_the_epochs(backend):
     hits = Counter()
     for _ in range(20):
         for batch in loader:
-            names = [n for n, v in zip(batch["name"], batch["label"]["data"], strict=True) if v.any()]
+            names = [
+                n for n, v in zip(batch["name"], batch["label"]["data"], strict=True) if v.any()
+            ]
             hits.update(names)
     # of 60 patches of each, 30 are around the voxel, and 30 anywhere among 336
     assert len(hits) == 3
