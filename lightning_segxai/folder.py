@@ -251,7 +251,11 @@ class RunFolder:
     def read_splits(self) -> list[dict[str, str]]:
         """All rows of ``splits.csv``; none where there is no such file."""
         path = self.root / _SPLITS
-        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else []
+        return (
+            list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+            if path.exists()
+            else []
+        )
 
     def append_records(self, records: Iterable[Record]) -> None:
         """Add rows to ``records.csv``."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ class ProbeChoice:
     """Which volumes to explain.
 
     Args:
-        n: How many, at most.
+        n: How many, at most; landmarks are all taken.
         kind: Patches of the training size of the validation volumes: those that hold the most
             vessel (``vessels``), around the ``thinnest`` vessels, around ``bifurcations`` of the
             thickest, around the largest pieces of vessel that a checkpoint missed
@@ -81,7 +82,7 @@ Segment = Callable[[str, Float[Tensor, "c i j k"]], Int[Tensor, "i j k"]]
 def chosen_probes(
     choice: ProbeChoice,
     volumes: Sequence[Volume],
-    others: Sequence[Volume],
+    others: Iterable[Volume],
     size: Shape,
     segment: Segment | None = None,
 ) -> list[Probe]:
@@ -98,7 +99,7 @@ def chosen_probes(
         ValueError: for a landmark in no volume, and where ``segment`` is needed and missing.
     """
     if choice.kind == "landmarks":
-        return _at_landmarks(choice, [*volumes, *others], size)
+        return _at_landmarks(choice, chain(volumes, others), size)
     if choice.kind == "whole":
         return [volume_probe(volume, volume.name) for volume in volumes[: choice.n]]
     if choice.kind == "largest_missed":
@@ -154,14 +155,20 @@ def _missed(
     return [(at, name, center) for _, at, name, center in sorted(pieces)[: choice.n]]
 
 
-def _at_landmarks(choice: ProbeChoice, volumes: Sequence[Volume], size: Shape) -> list[Probe]:
-    by_name = {volume.name: volume for volume in volumes}
+def _at_landmarks(choice: ProbeChoice, volumes: Iterable[Volume], size: Shape) -> list[Probe]:
+    landmarks = choice.landmarks or {}
+    wanted = {landmark.subject for landmark in landmarks.values()}
+    names, by_name = [], {}
+    for volume in volumes:  # one by one: they may not fit into memory together
+        names.append(volume.name)
+        if volume.name in wanted:
+            by_name[volume.name] = volume
     probes = []
-    for name, landmark in list((choice.landmarks or {}).items())[: choice.n]:
+    for name, landmark in landmarks.items():
         if landmark.subject not in by_name:
             raise ValueError(
                 f'Landmark "{name}" lies in subject "{landmark.subject}", but there are only '
-                f"{', '.join(by_name)}."
+                f"{', '.join(names)}."
             )
         volume = by_name[landmark.subject]
         i, j, k = np.round(np.linalg.inv(volume.affine) @ [*landmark.mm, 1.0])[:3].astype(int)

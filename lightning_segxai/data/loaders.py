@@ -213,6 +213,7 @@ def still_loader(
     return DataLoader(
         Places(volumes, places),
         batch_size=None,
+        collate_fn=_unchanged,
         sampler=batches,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),
@@ -226,9 +227,15 @@ def patch_loader(
     return PatchLoader(
         dataset,
         batch_size=None,
+        collate_fn=_unchanged,
         sampler=batches,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _unchanged(batch: Any) -> Any:
+    """Affines stay NumPy's, as TorchIO has them: PyTorch's default would make tensors of them."""
+    return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         self.augmentation = light_augmentation() if augmentation is None else augmentation
         self.sampling = BalancedSampling() if sampling is None else sampling
         self.cache = cache
-        self.cache_dir = default_folder() if cache_dir is None else Path(cache_dir)
+        self.cache_dir = default_folder() if cache_dir is None else Path(cache_dir).expanduser()
         self.classes = classes
         self.seed = seed
         self._probes = probes
@@ -322,7 +323,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         if isinstance(self._probes, list):
             return [spec.read(self.preprocessing) for spec in self._probes]
         choice = ProbeChoice(n=self._probes) if isinstance(self._probes, int) else self._probes
-        others = [*self._volumes("test"), *self._volumes("train")] if choice.landmarks else []
+        others = chain(self._volumes("test"), self._volumes("train"))
         return chosen_probes(choice, self._volumes("val"), others, self.patch_size, segment)
 
     def state_dict(self) -> dict[str, Any]:

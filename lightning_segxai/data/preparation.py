@@ -12,7 +12,7 @@ import torchio as tio
 from jaxtyping import Shaped
 from torch import Tensor
 
-from lightning_segxai.data.cache import VolumeCache
+from lightning_segxai.data.cache import FORMAT, VolumeCache
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.settings import told
 from lightning_segxai.data.sources import Source
@@ -52,8 +52,9 @@ class Preparation:
         return replace(prepared(self.source.read(), self.transform), index=index)
 
     def key(self, cache: VolumeCache) -> str:
-        """Name of its entry in the cache: content of the files, settings, and TorchIO's version."""
+        """Name of its entry in the cache: content of the files, settings, and versions."""
         made_of = (
+            FORMAT,
             [cache.content(file) for file in self.source.files],
             self.source.described,
             told(self.transform),
@@ -112,4 +113,5 @@ def source_digest(subject: tio.Subject) -> str:
 def _small(values: Shaped[Tensor, "i j k"]) -> Shaped[Tensor, "i j k"]:
     if values.is_floating_point():  # weights to sample by
         return values.float().contiguous()
-    return values.to(torch.uint8 if int(values.max()) < 256 else torch.int32).contiguous()
+    fits = int(values.min()) >= 0 and int(values.max()) < 256
+    return values.to(torch.uint8 if fits else torch.int32).contiguous()

@@ -67,10 +67,12 @@ class QueuedPatches(Dataset[Batch]):
             self._queue = self._opened(epoch)
             self._state = None
             for earlier in range(number):
-                self._drawn(self._queue, epoch, earlier)
-        drawn = self._drawn(self._queue, epoch, number)
+                self._popped(self._queue, epoch, earlier)
+        patches = self._popped(self._queue, epoch, number)
         self._next = (epoch, number + 1)
-        return drawn
+        batch = batch_of([(one.volume, (0, 0, 0)) for one in patches], self.size)
+        batch["location"] += torch.tensor([[*one.start, *one.start] for one in patches])
+        return augmented(batch, [one.seed for one in patches], self.augmentation)
 
     def _opened(self, epoch: int) -> tio.Queue:
         drawn = groupby(self.plan.share(epoch), lambda draw: draw.volume)
@@ -80,18 +82,15 @@ class QueuedPatches(Dataset[Batch]):
             _Shares(self.volumes, shares),  # type: ignore[arg-type]  # it only asks for items
             max_length=most * _volumes_held(sum(len(draws) == most for draws in shares)),
             samples_per_volume=most,
-            sampler=_PlannedSampler(self, epoch),
+            sampler=_PlannedSampler(self.plan, epoch, self.sampling, self.size),
             num_workers=self.num_workers,
             shuffle_subjects=False,  # the plan has shuffled them
             start_background=False,
         )
 
-    def _drawn(self, queue: tio.Queue, epoch: int, number: int) -> Batch:
+    def _popped(self, queue: tio.Queue, epoch: int, number: int) -> list[_Patch]:
         with self._own_generator(epoch):
-            patches: list[_Patch] = [queue[0] for _ in self.plan.batches(epoch)[number]]
-        batch = batch_of([(one.volume, (0, 0, 0)) for one in patches], self.size)
-        batch["location"] += torch.tensor([[*one.start, *one.start] for one in patches])
-        return augmented(batch, [one.seed for one in patches], self.augmentation)
+            return [queue[0] for _ in self.plan.batches(epoch)[number]]
 
     @contextmanager
     def _own_generator(self, epoch: int) -> Iterator[None]:
@@ -158,10 +157,13 @@ class _Shares(Dataset[_Share]):
 class _PlannedSampler(tio.data.PatchSampler):
     """Cuts the patches of the plan; the queue may come back for the rest of a volume's."""
 
-    def __init__(self, patches: QueuedPatches, epoch: int) -> None:
-        super().__init__(patches.size)
-        self.patches = patches
+    def __init__(self, plan: EpochPlan, epoch: int, sampling: Sampling, size: Shape) -> None:
+        # not the dataset: in a circle, workers would wait for the garbage collection, then 5 s each
+        super().__init__(size)
+        self.plan = plan
         self.epoch = epoch
+        self.sampling = sampling
+        self.size = size
 
     def __call__(  # type: ignore[override]  # the queue hands on what the dataset gives
         self, share: _Share, num_patches: int | None = None
@@ -170,10 +172,10 @@ class _PlannedSampler(tio.data.PatchSampler):
             yield self._cut(share.volume, share.draws.pop(0))
 
     def _cut(self, volume: Volume, draw: Draw) -> _Patch:
-        plan, size = self.patches.plan, self.patches.size
+        plan, size = self.plan, self.size
         generator = plan.generator(self.epoch, draw)
         nth = plan.running_number(self.epoch, draw)
-        start = self.patches.sampling.start(volume, size, nth, generator)
+        start = self.sampling.start(volume, size, nth, generator)
         maps = {"label": volume.maps["label"]} if "label" in volume.maps else {}
         # a copy, so that the volume itself can go
         small = replace(

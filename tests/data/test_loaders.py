@@ -202,21 +202,21 @@ def test_a_resumed_epoch_goes_on_where_it_was(backend, workers):
     volumes = volumes_of(5)
     straight = loader_of(backend, plan, volumes)
     epochs = [patches(straight) for _ in range(3)]
-    for given in (0, 1, 3, 4) if workers == 0 else (3,):
+    for count in (0, 1, 3, 4) if workers == 0 else (3,):
         broken = loader_of(backend, plan, volumes, workers=workers)
         list(broken)
         running = iter(broken)
-        assert patches(islice(running, given)) == epochs[1][:given]
+        assert patches(islice(running, count)) == epochs[1][:count]
         state = broken.state_dict()
         running.close()
 
         resumed = loader_of(backend, plan, volumes, workers=workers)
         resumed.load_state_dict(state)
-        if 0 < given < 4:
-            assert state == {"epoch": 1, "batches": given}
+        if 0 < count < 4:
+            assert state == {"epoch": 1, "batches": count}
             assert resumed.state_dict() == state
-            assert patches(resumed) == epochs[1][given:]
-        elif given == 0:  # the second pass had not begun: the first one is done
+            assert patches(resumed) == epochs[1][count:]
+        elif count == 0:  # the second pass had not begun: the first one is done
             assert patches(resumed) == epochs[1]
         assert patches(resumed) == epochs[2]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import chain, pairwise, product
 
@@ -48,7 +49,8 @@ def test_processes_have_as_many_batches(volumes, samples, batch_size, processes,
     """All processes have as many batches, none empty, of sizes that differ by one at most."""
     for plan in plans(volumes, samples, batch_size, processes, seed):
         sizes = [len(batch) for batch in plan.batches(epoch)]
-        assert len(sizes) == len(plan) == -(-(-(-volumes * samples // processes)) // batch_size)
+        share = math.ceil(volumes * samples / processes)
+        assert len(sizes) == len(plan) == math.ceil(share / batch_size)
         assert 1 <= min(sizes) <= max(sizes) <= batch_size
         assert max(sizes) - min(sizes) <= 1
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 
 import nibabel as nib
 import numpy as np
@@ -120,7 +120,7 @@ def test_patches_of_many_volumes_are_mixed():
     for number in range(len(plan)):
         names += patches[0, number]["name"]
         most = max(most, patches._queue.num_patches)
-    same = sum(a == b for a, b in zip(names, names[1:], strict=False))
+    same = sum(a == b for a, b in pairwise(names))
     assert same < 30  # of 159; 120 unmixed, 9 expected
     assert most <= 18 * 4
 

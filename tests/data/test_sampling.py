@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -267,7 +267,7 @@ def test_bands_match_the_plain_way(bands):
     centers, bounds = volume.index["centers"], volume.index["bounds"]
     voxels = [tuple(map(int, np.unravel_index(c, label.shape))) for c in centers]
 
-    groups = [set(voxels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    groups = [set(voxels[a:b]) for a, b in pairwise(bounds)]
 
     assert groups == plain_bands(label, spacing, bands)
     drawn = Counter(starts(strategy, volume, 1500, size=(1, 1, 1)))

@@ -1,6 +1,7 @@
 """The data module in a Trainer: processes, resumed epochs, what is kept and what is told."""
 
 import errno
+import json
 import subprocess
 import sys
 import textwrap
@@ -91,7 +92,7 @@ def test_an_epoch_resumes_in_its_middle(tmp_path, cache):
     )  # there are seven batches in an epoch
     seed_everything(99, workers=True, verbose=False)  # the run's seed is the checkpoint's
     rest = Watcher()
-    trainer(tmp_path).fit(
+    trainer(tmp_path, enable_checkpointing=True, callbacks=[saving]).fit(
         rest, datamodule=module(tmp_path, cache=cache), ckpt_path=tmp_path / "amid.ckpt"
     )
 
@@ -111,13 +112,14 @@ def test_a_checkpoint_at_the_end_of_an_epoch_begins_the_next(tmp_path):
     trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[callback]).fit(
         first, datamodule=module(tmp_path)
     )
-    trainer(tmp_path, max_epochs=3).fit(
+    trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[callback]).fit(
         rest, datamodule=module(tmp_path), ckpt_path=tmp_path / "ends" / "last.ckpt"
     )
 
     assert first.seen + rest.seen == whole.seen
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_overfitting_on_purpose_sees_the_same_batch_again(tmp_path):
     """`overfit_batches` trains on one batch, in every epoch."""
     net = Watcher()
@@ -195,13 +197,11 @@ def test_two_processes_share_an_epoch(tmp_path, subjects, cache):
 
     Where the volumes divide by two, no subject is on both.
     """
-    import json
-
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(DISTRIBUTED))
     command = [sys.executable, str(script), str(tmp_path), str(subjects), cache]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:].decode()
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
 
     train = ranks[0]["train"]
