@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -392,7 +392,9 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         )
         self._chronicle = Chronicle.begin(run, self.sinks, self.keep, self._failures)
         splits = getattr(trainer.datamodule, "splits", None)
-        if isinstance(splits, list):
+        if isinstance(splits, list) and all(
+            isinstance(row, Mapping) and {"name", "split"} <= row.keys() for row in splits
+        ):
             self._chronicle.write_splits(splits)
         if resumed:
             self._chronicle.go_on(resumed, trainer.global_step)

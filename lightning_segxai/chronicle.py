@@ -78,15 +78,18 @@ class Chronicle:
         self.last_step = seen.step
 
     def write_splits(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Keep who trained and who validated; on resume, warn where that is not the same."""
-        before = self.run.folder.read_splits()
-        if before and before != [dict(row) for row in rows]:
+        """Keep who trained and who validated; of a resumed run, what it was split into at first."""
+        folder = self.run.folder
+        before = {row["name"]: row["split"] for row in folder.read_splits()}
+        now = {str(row["name"]): str(row["split"]) for row in rows}
+        if before and before != now:
             warnings.warn(
                 f"`AttributionMonitor`: the resumed run was split otherwise (see "
-                f"{self.run.folder.root}/splits.csv): what it trained on may be validated on now.",
+                f"{folder.root}/splits.csv): what it trained on may be validated on now.",
                 stacklevel=2,
             )
-        self.failures.attempt("splits.csv", partial(self.run.folder.write_splits, rows))
+        if not before:
+            self.failures.attempt("splits.csv", partial(folder.write_splits, rows))
 
     def write_metrics(self, epoch: int, step: int, logged: Mapping[str, float]) -> None:
         """Keep what the trainer logged at a validation."""

@@ -230,9 +230,10 @@ class RunFolder:
             affine=np.array(entry["affine"]),
             regions={r: self.read_nifti(paths[f"region-{r}"]).bool() for r in entry["regions"]},
             preprocessing=entry["preprocessing"],
-            source=entry["source"],
+            source=entry.get("source", ""),
         )
-        if (probe.fingerprint, probe.voxels) != (entry["fingerprint"], entry["voxels"]):
+        saved_voxels = entry.get("voxels", probe.voxels)  # older runs did not keep it
+        if (probe.fingerprint, probe.voxels) != (entry["fingerprint"], saved_voxels):
             raise ValueError(
                 f'{paths["image"].parent} no longer holds the probe "{name}" of the run '
                 f"(fingerprint {entry['fingerprint']}, now {probe.fingerprint}). Restore its files."

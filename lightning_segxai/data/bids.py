@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_segxai.data.sources import SubjectFiles, refuse
@@ -16,14 +17,15 @@ def bids_subjects(root: Path) -> list[SubjectFiles]:
     Raises:
         ValueError: once for all that is wrong.
     """
-    people, problems = _participants(root / "participants.tsv")
+    table = root / "participants.tsv"
+    people, problems = _participants(table)
     masks = _masks(root / "derivatives")
     places = ("sub-*/anat", "sub-*/ses-*/anat")
     images = sorted(
         path
         for place in places
-        for path in root.glob(f"{place}/sub-*_angio.nii*")
-        if path.name.endswith(NIFTI)
+        for path in root.glob(f"{place}/sub-*_angio.*")
+        if path.name.lower().endswith(NIFTI) and file_stem(path).endswith("_angio")
     )
     sources: dict[str, SubjectFiles] = {}
     for image in images:
@@ -56,6 +58,12 @@ def bids_subjects(root: Path) -> list[SubjectFiles]:
             problems.append(f"{image}: {error}")
     if not images:
         problems.append(f"no image lies at {' or '.join(places)}/sub-*_angio.nii.gz")
+    subjects = sorted({source.subject for source in sources.values()})
+    if people and subjects and people.keys().isdisjoint(subjects):
+        problems.append(
+            f"{table} needs the subjects of the images as `participant_id` ({_some(subjects)}), "
+            f"but has none of them, only {_some(sorted(people))}"
+        )
     refuse(root, problems)
     return list(sources.values())
 
@@ -64,13 +72,18 @@ def _participants(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
     if state := absence(path):
         return {}, [f"{path} {state}"] if path.is_symlink() else []
     try:
-        rows, problems = rows_of(path, "participant_id")
+        rows, problems = rows_of(path, ("participant_id", "split"))
     except ValueError as error:
         return {}, [str(error).rstrip(".")]
-    # "n/a" is how BIDS leaves a cell empty
-    known = [{key: cell for key, cell in row.items() if cell != "n/a"} for _, row in rows]
-    people = {row.pop("participant_id"): row for row in known if "participant_id" in row}
-    return people, [f"{path}, line {line}: {told}" for line, told in problems]
+    people = {}
+    for line, row in rows:
+        # "n/a" is how BIDS leaves a cell empty
+        known = {key: cell for key, cell in row.items() if cell != "n/a"}
+        if person := known.pop("participant_id", ""):
+            people["sub-" + person.removeprefix("sub-")] = known
+        else:
+            problems.append((line, "there is no participant_id"))
+    return people, [f"{path}, line {line}: {told}" for line, told in sorted(problems)]
 
 
 def _masks(derivatives: Path) -> dict[frozenset[str], list[Path]]:
@@ -79,7 +92,7 @@ def _masks(derivatives: Path) -> dict[frozenset[str], list[Path]]:
     for folder, folders, names in os.walk(derivatives):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.startswith("sub-") and name.endswith(("_mask.nii.gz", "_mask.nii")):
+            if name.startswith("sub-") and name.lower().endswith(("_mask.nii.gz", "_mask.nii")):
                 found.setdefault(_entities(name), []).append(Path(folder, name))
     return found
 
@@ -89,3 +102,7 @@ def _entities(name: str) -> frozenset[str]:
     entities = file_stem(name).split("_")[:-1]
     grid = ("space-", "res-", "den-")
     return frozenset(entity for entity in entities if not entity.startswith(grid))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:5], *["..."] * (len(names) > 5)])

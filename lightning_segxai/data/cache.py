@@ -8,6 +8,7 @@ make it at once and nobody reads half of one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -45,8 +46,13 @@ class DamagedEntryError(ValueError):
 
 
 def default_folder() -> Path:
-    """``lightning-segxai`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-segxai"
+    """``lightning-segxai`` in ``$XDG_CACHE_HOME``, in ``~/.cache``, or among temporary files."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        caches = Path(given) if given else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, in a container say
+        caches = Path(tempfile.gettempdir())
+    return caches / "lightning-segxai"
 
 
 class VolumeCache:
@@ -144,10 +150,10 @@ class VolumeCache:
             try:
                 made.rename(entry)
                 return
-            except OSError:
+            except OSError as error:
                 if entry.name in self:
                     return  # another process was faster
-                if not entry.is_dir():
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 self.discard(entry.name)
 
@@ -166,7 +172,8 @@ class VolumeCache:
     def content(self, file: Path) -> str:
         """SHA-256 of a file; read again only when its size or time of change are new."""
         state = file.stat()
-        seen = {"size": state.st_size, "changed_ns": state.st_mtime_ns}
+        changed = [state.st_mtime_ns, state.st_ctime_ns]
+        seen = {"size": state.st_size, "inode": state.st_ino, "changed_ns": changed}
         name = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:24]
         note = self.folder / "seen" / f"{name}.json"
         try:
@@ -265,7 +272,7 @@ def _replaced(file: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
-        Path(made).rename(file)
+        Path(made).replace(file)
     except OSError:
         Path(made).unlink(missing_ok=True)
         raise

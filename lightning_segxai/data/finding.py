@@ -15,20 +15,23 @@ def find_subjects(root: str | Path) -> list[SubjectFiles]:
     """The volumes of a table, a folder of pairs or a BIDS folder; only file names are looked at.
 
     * A ``.csv`` file: columns ``image``, ``label``, ``split`` and ``subject``, and where wanted
-      ``name``, ``weights`` and ``map_<name>`` for further label maps; any other is metadata.
+      ``name``, ``weights`` and ``map_<name>`` for further label maps, in capitals or small letters; any
+      other is metadata.
       Paths are relative to the table's folder, or absolute.
     * A folder: ``images/<name>`` and ``labels/<name>``, with any ending of a volume, or none for
       the folder of a DICOM series.
     * A BIDS folder: ``sub-*[/ses-*]/anat/*_angio.nii.gz``, and anywhere below ``derivatives/``
       ``*_desc-vessel_mask.nii.gz`` of the same entities, which becomes the label, and
       beside it ``*_desc-brain_mask.nii.gz``, which becomes the map ``brain``. Columns of
-      ``participants.tsv`` are metadata, except ``split``, which is the split.
+      ``participants.tsv`` are metadata, except ``split``, which is the split; its
+      ``participant_id`` may lack the ``sub-``.
 
-    Whether images and labels are there, and are any good, is not looked at yet.
+    Endings may be in capitals. Whether images and labels are there, and are any good, is not looked at yet.
 
     Raises:
         ValueError: for any other root, and once for all that is wrong with it: labels that stand
-            alone, masks that are there twice, names that are bad or given twice.
+            alone, masks that are there twice, names that are bad or given twice, participants of
+            whom none has an image.
     """
     root = Path(root).expanduser()
     if root.is_file() and root.suffix.lower() == ".csv":
@@ -65,7 +68,9 @@ def _volumes(root: Path, folder: str) -> dict[str, Path]:
     where = root / folder
     for path in sorted(where.iterdir()) if where.is_dir() else []:
         # A leading dot is a Mac's or an editor's shadow of a file
-        if path.name.startswith(".") or not (path.is_dir() or path.name.endswith(ENDINGS)):
+        if path.name.startswith(".") or not (
+            path.is_dir() or path.name.lower().endswith(ENDINGS)
+        ):
             continue
         name = checked_name(file_stem(path), "subject")
         if name in found:

@@ -16,7 +16,7 @@ from rich.progress import track
 from lightning_segxai.data.cache import DamagedEntryError, VolumeCache
 from lightning_segxai.data.keeping import Held, Keeper, Mapped, Passing
 from lightning_segxai.data.preparation import Preparation
-from lightning_segxai.data.room import Cache, chosen_cache, give_back
+from lightning_segxai.data.room import Cache, chosen_cache, fits, give_back
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.sources import Source
 from lightning_segxai.data.volumes import Volume
@@ -29,30 +29,31 @@ class Gathered:
 
     Args:
         cache: Where they are kept; None before the first was read.
+        full: Whether the disk took no more, so that not all are where they should be.
         keepers: Of the usable ones, by name, in the order of the sources.
-        errors: Why others cannot be used.
+        errors: Why others cannot be used, by name.
+        together: What is wrong with several that could be used alone.
         warnings: What should be known of the usable ones.
     """
 
     cache: Cache | None
+    full: bool = False
     keepers: dict[str, Keeper] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+    together: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def tell(self, count: int) -> None:
+    def tell(self) -> None:
         """Warn of what should be known, or refuse.
-
-        Args:
-            count: How many subjects there were.
 
         Raises:
             ValueError: with one line for each subject that cannot be used, the warnings behind.
         """
-        if self.errors:
-            lines = "\n  ".join([*self.errors, *self.warnings])
-            broken = count - len(self.keepers)
-            what = f"{broken} of {count} subjects" if broken else f"these {count} subjects"
-            raise ValueError(f"`MRADataModule` cannot use {what}:\n  {lines}")
+        if self.errors or self.together:
+            lines = "\n  ".join([*self.errors.values(), *self.together, *self.warnings])
+            count = len(self.keepers) + len(self.errors)
+            what = f"{len(self.errors)} of {count}" if self.errors else f"these {count}"
+            raise ValueError(f"`MRADataModule` cannot use {what} subjects:\n  {lines}")
         for text in self.warnings:
             warnings.warn(text, stacklevel=3)
 
@@ -84,62 +85,67 @@ def gather(
     """
     found = Gathered(cache)
     shelf = VolumeCache(folder)
-    quiet = not sys.stderr.isatty()
-    for source in track(
-        sources, "reading volumes", console=Console(stderr=True), disable=quiet, transient=True
-    ):
+    console, quiet = Console(stderr=True), not sys.stderr.isatty()
+    bar = track(sources, "reading volumes", console=console, disable=quiet, transient=True)
+    for at, source in enumerate(bar):
         preparation = Preparation(source, transform, sampling, classes)
         try:
-            if found.cache != "disk" or not _known(found, shelf, preparation):
+            keeper = _known(shelf, preparation) if found.cache == "disk" else None
+            if keeper is None:
                 volume = preparation.volume()
                 if found.cache is None:
                     needed = volume.nbytes * len(sources)
                     found.cache = chosen_cache(needed, folder, processes)
-                _keep(found, shelf, preparation, volume)
+                room = fits(volume.nbytes * (len(sources) - at), processes)
+                keeper = _kept(found, shelf, preparation, volume, room)
+            found.keepers[source.name] = keeper
         except ValueError as error:
-            found.errors.append(str(error))
+            found.errors[source.name] = str(error)
+        except Exception as error:  # readers, transforms and samplings are anybody's code
+            found.errors[source.name] = (
+                f'Subject "{source.name}" cannot be prepared: {type(error).__name__}: {error}'
+            )
         give_back()
     _look_over(found, {s.name: split for s, split in zip(sources, splits, strict=True)}, patch_size)
     return found
 
 
-def _known(found: Gathered, shelf: VolumeCache, preparation: Preparation) -> bool:
-    """Whether the cache on disk has it."""
-    name = preparation.source.name
+def _known(shelf: VolumeCache, preparation: Preparation) -> Keeper | None:
+    """The volume in the cache on disk, where it is there and whole by its files' sizes."""
     try:
         key = preparation.key(shelf)
-        about = shelf.about(key)
+        return Mapped(shelf, key, shelf.about(key), preparation)
     except DamagedEntryError as error:
         warnings.warn(
-            f'The cached volume of subject "{name}" is damaged ({error}); it is made again.',
+            f'The cached volume of subject "{preparation.source.name}" is damaged ({error}); it is '
+            "made again.",
             stacklevel=4,
         )
-        return False
     except OSError:  # not there, or a source that cannot be read: told when it is
-        return False
-    found.keepers[name] = Mapped(shelf, key, about, preparation)
-    return True
+        pass
+    return None
 
 
-def _keep(found: Gathered, shelf: VolumeCache, preparation: Preparation, volume: Volume) -> None:
-    if found.cache == "disk":
-        key = preparation.key(shelf)
+def _kept(
+    found: Gathered, shelf: VolumeCache, preparation: Preparation, volume: Volume, room: bool
+) -> Keeper:
+    """A volume where it is to be kept; on a full disk, in memory if there is room for the rest."""
+    if found.cache == "disk" and not found.full:
         try:
+            key = preparation.key(shelf)
             shelf.write(key, volume)
+            return Mapped(shelf, key, volume.about, preparation)
         except OSError as error:
-            found.cache = "memory"
+            found.full = True
             found.warnings.append(
                 f"The cache in {shelf.folder} takes no more volumes ({error}): from subject "
-                f'"{volume.name}" on they are kept in memory. Make room, or give another '
-                "`cache_dir`."
+                f'"{volume.name}" on they are '
+                + ("kept in memory" if room else "read anew in every epoch")
+                + ". Make room, or give another `cache_dir`."
             )
-        else:
-            found.keepers[volume.name] = Mapped(shelf, key, volume.about, preparation)
-            return
-    if found.cache == "none":
-        found.keepers[volume.name] = Passing(preparation, volume.about, volume.index)
-    else:
-        found.keepers[volume.name] = Held(volume)
+    if found.cache == "memory" or (found.full and room):
+        return Held(volume)
+    return Passing(preparation, volume.about, volume.index)
 
 
 def _look_over(found: Gathered, splits: dict[str, str], patch_size: Shape) -> None:
@@ -151,7 +157,7 @@ def _look_over(found: Gathered, splits: dict[str, str], patch_size: Shape) -> No
     for names in twins.values():
         if len({splits[name] for name in names}) > 1:
             told = ", ".join(f'"{name}" ({splits[name]})' for name in names)
-            found.errors.append(
+            found.together.append(
                 f"Subjects {told} have the very same image, which would train and judge at once. "
                 "Keep one of them, or put them into one split."
             )

@@ -111,6 +111,11 @@ class KeptVolumes(Sequence[Volume]):
         return len(self.keepers)
 
     @property
+    def passing(self) -> bool:
+        """Whether some of them are made anew whenever they are asked for."""
+        return any(isinstance(keeper, Passing) for keeper in self.keepers)
+
+    @property
     def shapes(self) -> list[Shape]:
         """Voxels of the volumes, which are not read for it."""
         return [keeper.about.shape for keeper in self.keepers]

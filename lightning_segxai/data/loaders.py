@@ -7,6 +7,7 @@ random number of the training is touched.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -15,12 +16,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_segxai.data.augmentation import Augmentation
-from lightning_segxai.data.plan import EpochPlan, dealt
+from lightning_segxai.data.plan import Draw, EpochPlan, dealt
 from lightning_segxai.data.sampling import Sampling, start_around
 from lightning_segxai.data.volumes import Volume, batch_of
 from lightning_segxai.values import Shape
 
 Batch = dict[str, Any]
+
+SEEDS = "augmentation_seeds"
+"""Where a batch that is augmented on the device has the seeds of its patches."""
 
 
 class EpochBatches(DistributedSampler[tuple[int, int]]):
@@ -78,11 +82,17 @@ class PatchLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given."""
-        return {"epoch": self._at[0], "batches": self._at[1]}
+        """The epoch, how many of its batches were given, and of how many."""
+        return {"epoch": self._at[0], "batches": self._at[1], "of": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was called."""
+        if state["of"] != len(self):
+            warnings.warn(
+                f"The resumed run was in an epoch of {state['of']} batches; now an epoch has "
+                f"{len(self)}. The rest of this epoch is not what was still to come.",
+                stacklevel=2,
+            )
         self._at = (state["epoch"], state["batches"])
         if isinstance(self.sampler, EpochBatches):
             self.sampler.resume(*self._at)
@@ -120,11 +130,10 @@ class CachedPatches(Dataset[Batch]):
         epoch, number = epoch_and_number(key)
         places, seeds = [], []
         for draw in self.plan.batches(epoch)[number]:
-            volume, generator = self.volumes[draw.volume], self.plan.generator(epoch, draw)
-            nth = self.plan.running_number(epoch, draw)
-            start = self.sampling.start(volume, self.size, nth, generator)
+            volume = self.volumes[draw.volume]
+            start, seed = drawn_place(self.plan, epoch, draw, volume, self.size, self.sampling)
             places.append((volume, start))
-            seeds.append(int(generator.integers(2**63)))
+            seeds.append(seed)
         return augmented(batch_of(places, self.size), seeds, self.augmentation)
 
 
@@ -133,10 +142,31 @@ def epoch_and_number(key: tuple[int, int] | int) -> tuple[int, int]:
     return key if isinstance(key, tuple) else (0, key)
 
 
+def drawn_place(
+    plan: EpochPlan, epoch: int, draw: Draw, volume: Volume, size: Shape, sampling: Sampling
+) -> tuple[Shape, int]:
+    """First voxel of a patch, and the seed of its augmentation."""
+    generator, nth = plan.generator(epoch, draw), plan.running_number(epoch, draw)
+    start = sampling.start(volume, size, nth, generator)
+    return start, int(generator.integers(2**63))
+
+
 def augmented(batch: Batch, seeds: Sequence[int], augmentation: Augmentation | None) -> Batch:
-    """The augmented batch; where that is done later, the batch with its ``seeds``."""
+    """The augmented batch; where that is done later, the batch with its seeds."""
     tensor = torch.tensor(seeds, dtype=torch.int64)
-    return {**batch, "seeds": tensor} if augmentation is None else augmentation(batch, tensor)
+    return {**batch, SEEDS: tensor} if augmentation is None else augmentation(batch, tensor)
+
+
+def augmented_later(batches: Any, augmentation: Augmentation) -> Any:
+    """The same, with every batch augmented that waits for it, in whatever collection it lies."""
+    if isinstance(batches, dict) and SEEDS in batches:
+        rest = {key: value for key, value in batches.items() if key != SEEDS}
+        return augmentation(rest, batches[SEEDS].cpu())
+    if isinstance(batches, dict):
+        return {key: augmented_later(one, augmentation) for key, one in batches.items()}
+    if type(batches) in (list, tuple):
+        return type(batches)(augmented_later(one, augmentation) for one in batches)
+    return batches
 
 
 class Places(Dataset[Batch]):
@@ -169,11 +199,28 @@ class FixedBatches(DistributedSampler[list[int]]):
         count: How many places there are.
         batch_size: Places in a batch, at most.
         rank: Number of this process.
-        processes: How many validate together.
+        processes: How many there are.
+        even: Whether every process needs as many batches as the others, as in the validations of
+            a training, whose processes wait for each other.
     """
 
-    def __init__(self, count: int, batch_size: int, rank: int = 0, processes: int = 1) -> None:
-        self.batches = dealt(count, batch_size, rank, processes)
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        rank: int = 0,
+        processes: int = 1,
+        even: bool = True,
+    ) -> None:
+        self.batches = dealt(count, batch_size, rank, processes, even)
+        again = sum(map(len, self.batches)) - len(range(rank, count, processes))
+        if again:
+            warnings.warn(
+                f"Process {rank} of {processes} looks at {again} of {count} volumes or tiles "
+                "again, so as not to be without a batch: scores count them twice. Use fewer "
+                "processes, or a `batch_size` above 1.",
+                stacklevel=2,
+            )
         super().__init__(range(count), processes, rank, shuffle=False)  # type: ignore[arg-type]
 
     def __len__(self) -> int:

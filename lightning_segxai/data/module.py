@@ -25,6 +25,7 @@ from lightning_segxai.data.loaders import (
     EpochBatches,
     FixedBatches,
     PatchLoader,
+    augmented_later,
     patch_loader,
     still_loader,
     tiles,
@@ -170,7 +171,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         self._probes = probes
         self._gathered: Gathered | None = None
         self._split: dict[str, KeptVolumes] = {}
-        self._splits: list[str] = []
+        self._rows: list[dict[str, str]] | None = None
         self._stream_seed: int | None = None
         self._resumed_seed: int | None = None
 
@@ -217,8 +218,8 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             folder=self.cache_dir,
             processes=self._local_processes(),
         )
-        gathered.tell(len(sources))
-        self._splits = splits
+        gathered.tell()
+        self._rows = split_rows(sources, splits)
         self._split = {
             split: KeptVolumes(
                 [
@@ -244,8 +245,10 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
     @property
     def splits(self) -> list[dict[str, str]]:
         """Who trains, validates and tests: a row for each volume."""
+        if self._rows is not None:
+            return self._rows
         sources = self.sources()
-        return split_rows(sources, self._splits or self._assigned(sources))
+        return split_rows(sources, self._assigned(sources))
 
     def train_dataloader(self) -> PatchLoader:
         """Augmented patches, shuffled over volumes; repeatable under ``seed_everything``.
@@ -253,11 +256,14 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         Every volume gives the same number of patches in an epoch.
         """
         plan = self._plan()
-        on_device = self._on_gpu() and self._augmentation.vectorized
-        augmentation = None if on_device else self._augmentation
+        own = Augmentation(self.augmentation)
+        augmentation = None if self._on_gpu() and own.vectorized else own
+        if augmentation is None:
+            # only now: Lightning takes the module's hook where the data module has none
+            self.on_after_batch_transfer = self._augmented_on_device
         volumes = self._volumes("train")
         batches = EpochBatches(plan)
-        if self._gathered is not None and self._gathered.cache == "none":
+        if volumes.passing:
             dataset: Dataset[Batch] = QueuedPatches(
                 plan, volumes, self.patch_size, self.sampling, augmentation, self.num_workers
             )
@@ -281,33 +287,30 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             processes,
         )
 
-    @property
-    def _augmentation(self) -> Augmentation:
-        return Augmentation(self.augmentation)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment on the GPU, where there is one."""
-        if isinstance(batch, dict) and "seeds" in batch:
-            seeds = batch.pop("seeds")
-            return self._augmentation(batch, seeds.cpu())
-        return batch
+    def _augmented_on_device(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment what waits for it, then let the LightningModule do its own."""
+        batch = augmented_later(batch, Augmentation(self.augmentation))
+        return self.trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same tiles of every validation volume, in the same order."""
         volumes = self._volumes("val")
-        return self._still(volumes, tiles(volumes.shapes, self.patch_size), self.batch_size)
+        places = tiles(volumes.shapes, self.patch_size)
+        return self._still(volumes, places, self.batch_size, even=True)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The test volumes, whole, one by one; the validation volumes where there are none."""
         volumes = self._volumes("test") or self._volumes("val")
-        return self._still(volumes, whole(volumes.shapes), 1)
+        return self._still(volumes, whole(volumes.shapes), 1, even=False)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """As for testing."""
         return self.test_dataloader()
 
-    def _still(self, volumes: KeptVolumes, places: Any, batch_size: int) -> DataLoader[Batch]:
-        batches = FixedBatches(len(places), batch_size, *self._place())
+    def _still(
+        self, volumes: KeptVolumes, places: Any, batch_size: int, even: bool
+    ) -> DataLoader[Batch]:
+        batches = FixedBatches(len(places), batch_size, *self._place(), even=even)
         return still_loader(volumes, places, batches, self.num_workers)
 
     def probes(self, segment: Segment | None = None) -> list[Probe]:

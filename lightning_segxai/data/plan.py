@@ -92,16 +92,25 @@ def _stream(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def dealt(count: int, batch_size: int, rank: int, processes: int) -> list[list[int]]:
+def dealt(
+    count: int, batch_size: int, rank: int, processes: int, even: bool = True
+) -> list[list[int]]:
     """Numbers 0 to ``count - 1`` in batches, for one of several processes, always the same.
 
-    Every process has as many batches as the others; each number is on one process, unless a
-    process would have an empty batch: then it repeats one of its own, or the first of all.
+    Each number is on one process, but for what it takes to leave none without a batch, and, where
+    all shall have as many batches, none with fewer: then a process repeats some of its own.
 
     >>> dealt(5, 2, rank=0, processes=2), dealt(5, 2, rank=1, processes=2)
     ([[0, 2], [4]], [[1], [3]])
+
+    Args:
+        count: How many numbers.
+        batch_size: Numbers in a batch, at most.
+        rank: Number of the process.
+        processes: How many there are.
+        even: Whether every process needs as many batches as the others.
     """
-    batches = math.ceil(math.ceil(count / processes) / batch_size)
-    mine = list(range(rank, count, processes)) or [0]
+    mine = list(range(rank, count, processes)) or [0] * min(count, 1)
+    batches = math.ceil((math.ceil(count / processes) if even else len(mine)) / batch_size)
     mine += [mine[n % len(mine)] for n in range(batches - len(mine))]
     return [part.tolist() for part in np.array_split(mine, batches)] if batches else []

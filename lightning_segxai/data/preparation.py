@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from lightning_segxai.data.cache import FORMAT, VolumeCache
+from lightning_segxai.data.provenance import provenance
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.settings import told
 from lightning_segxai.data.sources import Source
@@ -45,6 +46,11 @@ class Preparation:
         subject = self.source.read()
         check_subject(subject, self.classes, labeled=True)
         volume = prepared(subject, self.transform)
+        if not bool(volume.maps["label"].any()):
+            raise ValueError(
+                f'The label of subject "{volume.name}" has no vessel voxel left after the '
+                "preprocessing. Resample to a finer `spacing_mm`."
+            )
         return replace(volume, index=self.sampling.index(volume))
 
     def again(self, index: Mapping[str, np.ndarray]) -> Volume:
@@ -52,7 +58,7 @@ class Preparation:
         return replace(prepared(self.source.read(), self.transform), index=index)
 
     def key(self, cache: VolumeCache) -> str:
-        """Name of its entry in the cache: content of the files, settings, and versions."""
+        """Name of its entry in the cache: what it is made of, by what settings and what code."""
         made_of = (
             FORMAT,
             [cache.content(file) for file in self.source.files],
@@ -60,7 +66,7 @@ class Preparation:
             told(self.transform),
             told(self.sampling),
             self.classes,
-            tio.__version__,
+            provenance([self.transform, self.sampling], cache.content),
         )
         return hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
 
@@ -91,7 +97,7 @@ def prepared(subject: tio.Subject, transform: tio.Transform) -> Volume:
         },
         affine=np.asarray(image.affine, dtype=np.float64),
         floor=float(values.min()),
-        preprocessing=" ".join(f"{name}({told(how)})" for name, how in ready.applied_transforms),
+        preprocessing=told(transform),
         source=digest,
     )
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_segxai.data.augmentation import Augmentation
 from lightning_segxai.data.keeping import KeptVolumes
-from lightning_segxai.data.loaders import Batch, augmented, epoch_and_number
+from lightning_segxai.data.loaders import Batch, augmented, drawn_place, epoch_and_number
 from lightning_segxai.data.plan import Draw, EpochPlan
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.volumes import Volume, batch_of, patch, patch_affine
@@ -173,9 +173,7 @@ class _PlannedSampler(tio.data.PatchSampler):
 
     def _cut(self, volume: Volume, draw: Draw) -> _Patch:
         plan, size = self.plan, self.size
-        generator = plan.generator(self.epoch, draw)
-        nth = plan.running_number(self.epoch, draw)
-        start = self.sampling.start(volume, size, nth, generator)
+        start, seed = drawn_place(plan, self.epoch, draw, volume, size, self.sampling)
         maps = {"label": volume.maps["label"]} if "label" in volume.maps else {}
         # a copy, so that the volume itself can go
         small = replace(
@@ -185,4 +183,4 @@ class _PlannedSampler(tio.data.PatchSampler):
             affine=patch_affine(volume, start),
             index={},
         )
-        return _Patch(small, start, int(generator.integers(2**63)))
+        return _Patch(small, start, seed)

@@ -14,6 +14,7 @@ Cache = Literal["memory", "disk", "none"]
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+_UNKNOWN = 4 * 2**30  # bytes that are taken to be free where the system cannot be asked
 _SHARE = 0.5  # of the free memory that volumes may take; the network wants some, too
 
 
@@ -25,10 +26,15 @@ def chosen_cache(needed: int, folder: Path, processes: int = 1) -> Cache:
         folder: Where the files would lie; it need not exist yet.
         processes: Processes of this machine that would each hold them.
     """
-    if needed * processes <= _SHARE * free_memory():
+    if fits(needed, processes):
         return "memory"
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return "disk" if needed < 0.9 * shutil.disk_usage(there).free else "none"
+
+
+def fits(needed: int, processes: int = 1) -> bool:
+    """Whether so many bytes, once for each process, are at most half of the free memory."""
+    return needed * processes <= _SHARE * free_memory()
 
 
 def free_memory() -> int:
@@ -69,7 +75,11 @@ def _meminfo_available() -> int:
         fields = dict(line.split(":", 1) for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):  # not Linux
+        pass
+    try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):  # not POSIX
+        return _UNKNOWN
 
 
 def _number(file: Path) -> int | None:

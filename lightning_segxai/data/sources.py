@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ import torchio as tio
 from lightning_segxai.data.phantom import tof_phantom
 from lightning_segxai.data.subjects import PhantomCohort, absence, file_stem
 from lightning_segxai.values import checked_name
+
+Text = str
+if not TYPE_CHECKING:  # in YAML a number need not be quoted; `SubjectFiles` makes text of it
+    Text = str | int | float
 
 
 class Source(ABC):
@@ -69,23 +74,28 @@ class SubjectFiles(Source):
         weights: How often a patch is drawn around each voxel, not negative; any scale.
         metadata: What else is known, to be written beside the split.
 
+    In YAML, numbers may stand for texts, but YAML drops the leading zero of ``01``, and with it
+    one subject may become two or another: quote it.
+
     Raises:
         ValueError: for a bad name of the volume or of a map.
     """
 
     image: str
     label: str | None = None
-    name: str = ""
-    subject: str = ""
+    name: Text = ""
+    subject: Text = ""
     split: str = ""
     maps: Mapping[str, str] = field(default_factory=dict)
     weights: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Text] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        name = checked_name(self.name or file_stem(self.image), "subject")
+        name = checked_name(_text(self.name) or file_stem(self.image), "subject")
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "subject", self.subject or name)
+        object.__setattr__(self, "subject", _text(self.subject) or name)
+        metadata = {key: _text(value) for key, value in self.metadata.items()}
+        object.__setattr__(self, "metadata", metadata)
         for key in self.maps:
             if checked_name(key, "map") in ("image", "label", "weights", "name"):
                 raise ValueError(f'Subject "{name}" cannot have a map named {key!r}. Rename it.')
@@ -112,6 +122,13 @@ class SubjectFiles(Source):
         return ", ".join([self.name, *(f"{key}={path.name}" for key, path in self.paths.items())])
 
     def read(self) -> tio.Subject:
+        for key, path in self.paths.items():
+            # ITK knows MetaImage by its ending, and that in small letters only
+            if path.suffix != (small := path.suffix.lower()) and small in (".mha", ".mhd"):
+                raise ValueError(
+                    f'The {key} of subject "{self.name}" ({path}) cannot be read with its ending '
+                    f"in capitals. Rename it to {path.stem}{small}."
+                )
         # Weights are a label map to TorchIO, so that no intensity transform changes them. What is
         # not there is told by `check_subject`, along with all else that is wrong
         return tio.Subject(
@@ -171,15 +188,19 @@ class PhantomSubject(Source):
         )
 
 
+def _text(value: Text | None) -> str:
+    return "" if value is None else str(value)
+
+
 def _files_of(path: Path) -> list[Path]:
     """The file itself, with the data files that it names, or the files of a DICOM folder."""
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-    if path.suffix not in (".mhd", ".nhdr"):
+    if path.suffix.lower() not in (".mhd", ".nhdr"):
         return [path]
     header = path.read_text(encoding="latin-1")
     named = re.search(r"^(?:ElementDataFile *=|data ?file:) *(.+)((?:\n.*)*)", header, re.M | re.I)
-    if named is None or named[1].strip() == "LOCAL":
+    if named is None or named[1].strip().upper() in ("", "LOCAL"):
         return [path]
     names = [named[1].strip()]
     if names[0].split()[0] == "LIST":

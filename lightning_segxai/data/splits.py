@@ -45,7 +45,7 @@ def assign_splits(
         ValueError: for numbers out of range, too few subjects, names given twice, and splits that
             are incomplete, unknown, without training, or divide a subject.
     """
-    _check_numbers(validation_share, test_share, fold, folds)
+    check_shares(validation_share, test_share, fold, folds)
     names = [source.name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -60,7 +60,7 @@ def assign_splits(
         return _given(sources, validation_share, seed)
     order = _drawn([source.subject for source in sources], seed)
     least = 2 if folds is None else folds
-    tested = max(1, min(round(test_share * len(order)), len(order) - least)) if test_share else 0
+    tested = _count(test_share, order, len(order) - least) if test_share else 0
     rest = order[tested:]
     if len(rest) < least:
         raise ValueError(
@@ -69,7 +69,7 @@ def assign_splits(
             f"{_listed(sorted(order))}."
         )
     if fold is None:
-        validated = set(rest[: min(max(1, round(validation_share * len(order))), len(rest) - 1)])
+        validated = set(rest[: _count(validation_share, order, len(rest) - 1)])
     else:
         validated = set(rest[fold::folds])
     split = dict.fromkeys(order[:tested], "test")
@@ -91,9 +91,15 @@ def split_rows(sources: Sequence[Source], splits: Sequence[str]) -> list[dict[st
     return rows
 
 
-def _check_numbers(
+def check_shares(
     validation_share: float, test_share: float, fold: int | None, folds: int | None
 ) -> None:
+    """Refuse the numbers of `assign_splits` that no subjects can be split by.
+
+    Raises:
+        ValueError: for a share out of range, shares that leave nothing to train on, a fold without
+            folds or the other way round, fewer than two folds, and a fold that is none of them.
+    """
     if not 0 < validation_share < 1:
         raise ValueError(
             f"`MRADataModule(validation_share={validation_share})` must lie between 0 and 1."
@@ -145,9 +151,14 @@ def _given(sources: Sequence[Source], validation_share: float, seed: int) -> lis
         )
     if drawn:
         order = _drawn(trained, seed)
-        validated = order[: min(max(1, round(validation_share * len(order))), len(order) - 1)]
+        validated = order[: _count(validation_share, order, len(order) - 1)]
         words |= {source.name: "val" for source in sources if source.subject in validated}
     return [words[source.name] for source in sources]
+
+
+def _count(share: float, subjects: Sequence[str], most: int) -> int:
+    """How many of the subjects a share is: at least one, and else at most so many."""
+    return max(1, min(round(share * len(subjects)), most))
 
 
 def _drawn(subjects: Sequence[str], seed: int) -> list[str]:

@@ -58,7 +58,7 @@ def file_stem(path: str | Path) -> str:
     'case_07'
     """
     name = Path(path).name
-    return next((name.removesuffix(e) for e in ENDINGS if name.endswith(e)), name)
+    return next((name[: -len(e)] for e in ENDINGS if name.lower().endswith(e)), name)
 
 
 def absence(path: Path) -> str:
@@ -205,7 +205,7 @@ def _finite_on_disk(image: tio.Image) -> bool:
     SimpleITK, TorchIO's reader, turns NaN and infinity into 0 unasked, and gives zeros for what is
     missing at the end of a compressed file of whole numbers.
     """
-    if not str(image.path).endswith(NIFTI):
+    if not str(image.path).lower().endswith(NIFTI):
         return True
     voxels = np.asanyarray(cast(SpatialImage, nib.load(str(image.path))).dataobj)
     return voxels.dtype.kind != "f" or bool(np.isfinite(voxels).all())
@@ -250,7 +250,7 @@ def _check_label(subject: tio.Subject, classes: int | None, labeled: bool) -> No
 
 
 def preprocessed(subject: tio.Subject, transform: tio.Transform) -> tio.Subject:
-    """The transformed subject: image and weights in float32, label maps in int32.
+    """The transformed subject: label maps of whole numbers in int32, all else in float32.
 
     No random number is drawn: TorchIO asks the global generator whether to apply a transform even
     when it always does, and a probe must not shift the random numbers of the training.
@@ -265,8 +265,8 @@ def preprocessed(subject: tio.Subject, transform: tio.Transform) -> tio.Subject:
         except Exception as error:  # transforms are anybody's code
             name = subject.get("name", "?")
             raise ValueError(f'The preprocessing of subject "{name}" failed: {error}') from error
-    for key, image in subject.get_images_dict(intensity_only=False).items():
-        whole = isinstance(image, tio.LabelMap) and key != "weights"
+    for image in subject.get_images(intensity_only=False):
+        whole = isinstance(image, tio.LabelMap) and bool((image.data == image.data.round()).all())
         image.set_data(image.data.to(torch.int32 if whole else torch.float32))
         if not bool(torch.isfinite(image.data).all()):
             raise ValueError(

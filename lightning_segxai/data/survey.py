@@ -18,7 +18,7 @@ from lightning_segxai.data.augmentation import Augmentation
 from lightning_segxai.data.gathering import Gathered, gather
 from lightning_segxai.data.grids import spacing_of
 from lightning_segxai.data.keeping import KeptVolumes
-from lightning_segxai.data.loaders import CachedPatches
+from lightning_segxai.data.loaders import CachedPatches, drawn_place
 from lightning_segxai.data.module import MRADataModule
 from lightning_segxai.data.plan import EpochPlan
 from lightning_segxai.data.room import Cache
@@ -99,7 +99,7 @@ def survey(data: MRADataModule) -> Survey:
         plan = EpochPlan(len(volumes), data.samples_per_volume, data.batch_size, seed)
     return Survey(
         rows=tuple(rows),
-        errors=(*alone, *gathered.errors),
+        errors=(*alone, *gathered.errors.values(), *gathered.together),
         warnings=(*gathered.warnings, *saturations(rows, type(data.intensity).__name__)),
         cache=gathered.cache if gathered.keepers else None,
         spacings=tuple(keeper.about.spacing_mm for keeper in gathered.keepers.values()),
@@ -139,13 +139,10 @@ def first_patches(
 
 
 def _reasons(sources: Sequence[Source], gathered: Gathered) -> dict[str, tuple[str, ...]]:
-    """Errors by the names of the volumes: of one alone, in their order, and then of several."""
-    broken = [source.name for source in sources if source.name not in gathered.keepers]
-    own = dict(zip(broken, gathered.errors, strict=False))
-    shared = gathered.errors[len(broken) :]
+    """Errors by the names of the volumes: of one alone, and then of several."""
     return {
-        source.name: tuple([own[source.name]] if source.name in own else [])
-        + tuple(text for text in shared if f'"{source.name}"' in text)
+        source.name: tuple([gathered.errors[source.name]] if source.name in gathered.errors else [])
+        + tuple(text for text in gathered.together if f'"{source.name}"' in text)
         for source in sources
     }
 
@@ -154,8 +151,7 @@ def _vessel_shares(data: MRADataModule, plan: EpochPlan, volumes: KeptVolumes) -
     draws = [draw for draw in plan.share(0) if draw.number < _PATCHES]
     for draw in _told(draws, "drawing patches"):
         volume = volumes[draw.volume]
-        nth, generator = plan.running_number(0, draw), plan.generator(0, draw)
-        start = data.sampling.start(volume, data.patch_size, nth, generator)
+        start, _ = drawn_place(plan, 0, draw, volume, data.patch_size, data.sampling)
         label = patch(volume.maps["label"], start, data.patch_size, 0)
         yield float((label > 0).float().mean())
 

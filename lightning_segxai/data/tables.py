@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from lightning_segxai.data.sources import SubjectFiles, refuse
+
+_HEADS = ("image", "label", "split", "subject", "name", "weights", "map_")
 
 
 def table_subjects(path: Path) -> list[SubjectFiles]:
@@ -16,7 +19,7 @@ def table_subjects(path: Path) -> list[SubjectFiles]:
     Raises:
         ValueError: once for all that is wrong, with the lines.
     """
-    rows, problems = rows_of(path, "image")
+    rows, problems = rows_of(path, _HEADS)
     sources: list[SubjectFiles] = []
     lines: dict[str, int] = {}
     for line, row in rows:
@@ -57,13 +60,14 @@ def _row_subject(folder: Path, row: Mapping[str, str]) -> SubjectFiles:
 
 
 def rows_of(
-    path: Path, needed: str
+    path: Path, known: Sequence[str]
 ) -> tuple[list[tuple[int, dict[str, str]]], list[tuple[int, str]]]:
     """The filled cells of a table's rows by column, and what is wrong, each with its line.
 
     Args:
         path: A text with commas, semicolons or tabs between cells.
-        needed: A column that must be there.
+        known: The columns with a meaning, whether written in capitals or small letters; the first
+            must be there. One that ends with an underscore is the beginning of others.
 
     Raises:
         ValueError: where the columns cannot be understood.
@@ -72,21 +76,29 @@ def rows_of(
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}). Save it as such.") from error
-    heads = {mark: _cells(text, mark) for mark in ",;\t"}
-    mark = next((mark for mark, cells in heads.items() if needed in cells), ",")
-    columns = heads[mark]
-    if needed not in columns:
-        raise ValueError(f"{path} needs a column `{needed}`, but has {', '.join(columns) or None}.")
-    twice = sorted({column for column in columns if column and columns.count(column) > 1})
+    # A cell of a TSV may begin with a quote that never ends
+    quoting = csv.QUOTE_NONE if path.suffix.lower() == ".tsv" else csv.QUOTE_MINIMAL
+    heads = {
+        mark: [_column(_cell(cell, quoting), known) for cell in cells]
+        for mark in ",;\t"
+        for cells in islice(csv.reader(text.splitlines(), delimiter=mark, quoting=quoting), 1)
+    }
+    mark = next((mark for mark, columns in heads.items() if known[0] in columns), ",")
+    columns = heads.get(mark, [])
+    if known[0] not in columns:
+        told = ", ".join(columns) or None
+        raise ValueError(f"{path} needs a column `{known[0]}`, but has {told}.")
+    alike = [column.lower() if column.startswith("map_") else column for column in columns]
+    twice = sorted({column for column in alike if column and alike.count(column) > 1})
     if twice:
         raise ValueError(f"{path} has these columns more than once: {', '.join(twice)}.")
     rows: list[tuple[int, dict[str, str]]] = []
     problems: list[tuple[int, str]] = []
-    reader = csv.reader(io.StringIO(text), delimiter=mark, strict=True)
+    reader = csv.reader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
     try:
         next(reader)
         for cells in reader:
-            filled = [cell.strip() for cell in cells]
+            filled = [_cell(cell, quoting) for cell in cells]
             if any(filled[len(columns) :]):
                 told = f"there are {len(cells)} cells for {len(columns)} columns"
                 problems.append((reader.line_num, told))
@@ -98,5 +110,16 @@ def rows_of(
     return rows, problems
 
 
-def _cells(text: str, mark: str) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader(text.splitlines(), delimiter=mark), [])]
+def _column(head: str, known: Sequence[str]) -> str:
+    """The head, in small letters as far as it is a known one."""
+    small = head.lower()
+    starts = (one for one in known if small == one or (one[-1] == "_" and small.startswith(one)))
+    start = next(starts, "")
+    return start + head[len(start) :]
+
+
+def _cell(text: str, quoting: int) -> str:
+    """What a cell says; R writes all texts of a TSV in quotes."""
+    text = text.strip()
+    in_quotes = len(text) > 1 and text[0] == text[-1] == '"'
+    return text[1:-1].strip() if in_quotes and quoting == csv.QUOTE_NONE else text

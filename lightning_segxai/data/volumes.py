@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchio as tio
 from jaxtyping import Float32, Float64, Shaped
 from torch import Tensor
 
@@ -77,16 +76,6 @@ class Volume:
         """Memory that it takes."""
         tensors = sum(t.nbytes for t in (self.image, *self.maps.values()))
         return tensors + sum(array.nbytes for array in self.index.values())
-
-
-def as_subject(volume: Volume) -> tio.Subject:
-    """The volume as TorchIO knows it, sharing its memory."""
-    images: dict[str, Any] = {
-        "image": tio.ScalarImage(tensor=volume.image[None], affine=volume.affine)
-    }
-    for key, values in volume.maps.items():
-        images[key] = tio.LabelMap(tensor=values[None], affine=volume.affine)
-    return tio.Subject(images, name=volume.name)
 
 
 def patch(values: Shaped[Tensor, "i j k"], start: Shape, size: Shape, fill: float) -> Tensor:

@@ -21,6 +21,7 @@ import lightning_segxai
 from lightning_segxai.data.augmentation import Augmentation
 from lightning_segxai.data.keeping import Held, KeptVolumes
 from lightning_segxai.data.loaders import (
+    SEEDS,
     CachedPatches,
     EpochBatches,
     FixedBatches,
@@ -71,7 +72,7 @@ def patches(batches):
             place = tuple(batch["location"][n].tolist())
             bits = [batch[key]["data"][n].numpy().tobytes() for key in ("image", "label")]
             affine = np.asarray(batch["image"]["affine"][n]).tobytes()
-            seed = batch["seeds"][n].item() if "seeds" in batch else None
+            seed = batch[SEEDS][n].item() if SEEDS in batch else None
             rows.append((name, place, seed, affine, *bits))
         found.append(tuple(rows))
     return found
@@ -185,7 +186,7 @@ def test_augmentation_follows_from_the_seed_of_the_patch(backend):
     with_workers = patches(loader_of(backend, plan, augmentation=augmentation, workers=2))
     later = []
     for batch in loader_of(backend, plan):
-        seeds = batch.pop("seeds")
+        seeds = batch.pop(SEEDS)
         later.append(augmentation(batch, seeds))
 
     assert inside == with_workers == patches(later)
@@ -213,7 +214,7 @@ def test_a_resumed_epoch_goes_on_where_it_was(backend, workers):
         resumed = loader_of(backend, plan, volumes, workers=workers)
         resumed.load_state_dict(state)
         if 0 < count < 4:
-            assert state == {"epoch": 1, "batches": count}
+            assert state == {"epoch": 1, "batches": count, "of": 4}
             assert resumed.state_dict() == state
             assert patches(resumed) == epochs[1][count:]
         elif count == 0:  # the second pass had not begun: the first one is done
@@ -252,7 +253,7 @@ def test_state_is_remembered_again_and_again(backend):
         found += patches(islice(loader, count))
         state = loader.state_dict()
     assert found == whole_epoch
-    assert state == {"epoch": 0, "batches": 8}
+    assert state == {"epoch": 0, "batches": 8, "of": 8}
 
 
 def test_workers_that_are_ahead_do_not_count():
@@ -260,7 +261,7 @@ def test_workers_that_are_ahead_do_not_count():
     loader = loader_of("cached", EpochPlan(4, 4, 2), workers=2)
     running = iter(loader)
     next(running)
-    assert loader.state_dict() == {"epoch": 0, "batches": 1}
+    assert loader.state_dict() == {"epoch": 0, "batches": 1, "of": 8}
     running.close()
 
 
@@ -292,7 +293,7 @@ def test_another_epoch_is_begun_at_its_beginning(backend):
     """Resuming is forgotten where another epoch is told than the resumed one."""
     plan, volumes = EpochPlan(3, 3, 2), volumes_of(3)
     loader = loader_of(backend, plan, volumes)
-    loader.load_state_dict({"epoch": 2, "batches": 3})
+    loader.load_state_dict({"epoch": 2, "batches": 3, "of": len(loader)})
     loader.sampler.set_epoch(1)
     assert flat(patches(loader)) == flat(patches(CachedEpoch(plan, 1)))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lightning_segxai.data import queue as queue_module
 from lightning_segxai.data.keeping import Held, KeptVolumes, Passing
-from lightning_segxai.data.loaders import CachedPatches, EpochBatches, patch_loader
+from lightning_segxai.data.loaders import SEEDS, CachedPatches, EpochBatches, patch_loader
 from lightning_segxai.data.plan import EpochPlan
 from lightning_segxai.data.preparation import Preparation
 from lightning_segxai.data.queue import QueuedPatches, _volumes_held
@@ -41,7 +41,7 @@ def queued(plan, volumes=None, workers=0):
 
 
 def rows(batch):
-    return list(zip(batch["name"], batch["seeds"].tolist(), strict=True))
+    return list(zip(batch["name"], batch[SEEDS].tolist(), strict=True))
 
 
 def drawn(patches, epoch, first=0):

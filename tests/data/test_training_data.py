@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -13,11 +15,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchio as tio
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import seed_everything
 
-from lightning_segxai import CaliberSampling, ProbeChoice, SubjectFiles, WeightedSampling
+from lightning_segxai import (
+    CaliberSampling,
+    ProbeChoice,
+    Sampling,
+    SubjectFiles,
+    WeightedSampling,
+)
 from lightning_segxai.data.augmentation import Augmentation
 from lightning_segxai.data.cache import VolumeCache
+from lightning_segxai.data.loaders import SEEDS
 from lightning_segxai.data.module import MRADataModule
 from lightning_segxai.data.subjects import PhantomCohort
 
@@ -138,12 +148,37 @@ def test_augmentation_on_a_gpu_is_that_of_the_loader(tmp_path):
     loader = data.train_dataloader()
     loader.dataset.augmentation = None
     batch = next(iter(loader))
-    assert "seeds" in batch
+    assert SEEDS in batch
 
-    augmented = data.on_after_batch_transfer(batch, 0)
-    assert "seeds" not in augmented
-    assert drawn([augmented]) == expected
-    assert data.on_after_batch_transfer(augmented, 0) is augmented
+    class Doubled(pl.LightningModule):
+        """A user's own hook, which comes after ours."""
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch, batch]
+
+    data.trainer = SimpleNamespace(lightning_module=Doubled())
+    moved = move_data_to_device({"a": [batch], "b": 3}, torch.device("cpu"))
+    first, second = data._augmented_on_device(moved, 0)
+    assert first is second
+    assert drawn(first["a"]) == expected
+    assert first["b"] == 3
+    assert SEEDS not in first["a"][0]
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer`")
+def test_a_cpu_training_leaves_the_hooks_to_the_module(tmp_path):
+    """A LightningModule's own `on_after_batch_transfer` is called for every batch."""
+
+    class Hooked(Watcher):
+        hooked = 0
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.hooked += 1
+            return batch
+
+    net = Hooked()
+    trainer(tmp_path, max_epochs=1).fit(net, datamodule=module(tmp_path))
+    assert net.hooked == 7 + 3
 
 
 DISTRIBUTED = """
@@ -325,6 +360,77 @@ def test_a_full_disk_falls_back_to_memory(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("*/entry.json"))) == 2
     expected = drawn(module(tmp_path, cache="memory").train_dataloader())
     assert drawn(data.train_dataloader()) == expected
+
+
+def test_a_full_disk_and_little_memory_fall_back_to_reading_anew(tmp_path, monkeypatch):
+    """What neither disk nor memory takes is read anew in every epoch, by TorchIO's queue."""
+
+    def full(self, key, volume):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    seed_everything(3, verbose=False)
+    expected = sorted(drawn(module(tmp_path, cache="memory").train_dataloader()))
+    monkeypatch.setattr(VolumeCache, "write", full)
+    monkeypatch.setattr("lightning_segxai.data.room.free_memory", lambda: 1000)
+    data = module(tmp_path, cache="disk")
+    with pytest.warns(UserWarning, match=r'"phantom-00" on they are read anew in every epoch'):
+        data.setup()
+
+    loader = data.train_dataloader()
+    assert type(loader.dataset).__name__ == "QueuedPatches"
+    assert sorted(drawn(loader)) == expected
+
+
+@dataclass(frozen=True)
+class Broken(Sampling):
+    """A user's sampling with a bug."""
+
+    def index(self, volume):
+        raise KeyError("bug")
+
+    def start(self, volume, size, nth, generator):
+        return (0, 0, 0)
+
+
+def test_anybodys_failure_is_told_with_its_subject(tmp_path):
+    """Whatever code fails while a volume is prepared, the report says on which."""
+    with pytest.raises(ValueError, match=r'5 of 5 subjects:\n  Subject "phantom-00" cannot be'):
+        module(tmp_path, sampling=Broken()).setup()
+
+
+def test_vessels_that_resampling_loses_are_told(tmp_path):
+    """A label without a vessel after the preprocessing is refused, by name."""
+    thin = np.zeros((20, 18, 16), np.uint8)
+    thin[9, 9, 9] = 1
+    subjects = [files(tmp_path, "a", 1), files(tmp_path, "b", 2, label=thin)]
+    with pytest.raises(ValueError, match=r'label of subject "b" has no vessel voxel left'):
+        module(tmp_path, phantom=None, subjects=subjects, spacing_mm=4.0).setup()
+
+
+def test_maps_of_fractions_keep_them(tmp_path):
+    """A probability map among the maps is no label map: it can be sampled by."""
+    chance = np.zeros((20, 18, 16), np.float32)
+    chance[4, 5, 6] = 0.25
+    maps = {"chance": write(tmp_path / "chance.nii.gz", chance)}
+    subjects = [files(tmp_path, name, seed, maps=maps) for seed, name in enumerate("ab")]
+    by_chance = WeightedSampling(map="chance")
+    data = module(tmp_path, phantom=None, subjects=subjects, sampling=by_chance, patch_size=4)
+
+    locations = [batch["location"] for batch in data.train_dataloader()]
+    assert {tuple(place) for one in locations for place in one.tolist()} == {(2, 3, 4, 6, 7, 8)}
+
+
+def test_volumes_are_tested_once_where_processes_allow(tmp_path):
+    """Three volumes on two processes: two and one; a process without any repeats one, told."""
+    data = module(tmp_path, test_share=0.6)
+    seen = []
+    for rank in (0, 1):
+        data._place = lambda rank=rank: (rank, 2)
+        seen += [batch["name"][0] for batch in data.test_dataloader()]
+    assert sorted(seen) == [row["name"] for row in data.splits if row["split"] == "test"]
+    data._place = lambda: (4, 5)
+    with pytest.warns(UserWarning, match="Process 4 of 5 looks at 1 of 3 volumes or tiles again"):
+        data.test_dataloader()
 
 
 def test_a_damaged_entry_is_made_again(tmp_path):
