@@ -15,9 +15,8 @@ def find_subjects(root: str | Path) -> list[SubjectFiles]:
     """The volumes of a table, a folder of pairs or a BIDS folder; only file names are looked at.
 
     * A ``.csv`` file: columns ``image``, ``label``, ``split`` and ``subject``, and where wanted
-      ``name``, ``weights`` and ``map_<name>`` for further label maps, in capitals or small letters; any
-      other is metadata.
-      Paths are relative to the table's folder, or absolute.
+      ``name``, ``weights`` and ``map_<name>`` for further label maps, in capitals or small
+      letters; any other is metadata. Paths are relative to the table's folder, or absolute.
     * A folder: ``images/<name>`` and ``labels/<name>``, with any ending of a volume, or none for
       the folder of a DICOM series.
     * A BIDS folder: ``sub-*[/ses-*]/anat/*_angio.nii.gz``, and anywhere below ``derivatives/``
@@ -26,7 +25,8 @@ def find_subjects(root: str | Path) -> list[SubjectFiles]:
       ``participants.tsv`` are metadata, except ``split``, which is the split; its
       ``participant_id`` may lack the ``sub-``.
 
-    Endings may be in capitals. Whether images and labels are there, and are any good, is not looked at yet.
+    Endings may be in capitals. Whether images and labels are there, and are any good, is not
+    looked at yet.
 
     Raises:
         ValueError: for any other root, and once for all that is wrong with it: labels that stand
@@ -68,9 +68,7 @@ def _volumes(root: Path, folder: str) -> dict[str, Path]:
     where = root / folder
     for path in sorted(where.iterdir()) if where.is_dir() else []:
         # A leading dot is a Mac's or an editor's shadow of a file
-        if path.name.startswith(".") or not (
-            path.is_dir() or path.name.lower().endswith(ENDINGS)
-        ):
+        if path.name.startswith(".") or not (path.is_dir() or path.name.lower().endswith(ENDINGS)):
             continue
         name = checked_name(file_stem(path), "subject")
         if name in found:

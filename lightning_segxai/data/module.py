@@ -37,7 +37,7 @@ from lightning_segxai.data.queue import QueuedPatches
 from lightning_segxai.data.room import Cache
 from lightning_segxai.data.sampling import BalancedSampling, Sampling
 from lightning_segxai.data.sources import PhantomSubject, Source, SubjectFiles
-from lightning_segxai.data.splits import assign_splits, split_rows
+from lightning_segxai.data.splits import assign_splits, check_shares, split_rows
 from lightning_segxai.data.subjects import PhantomCohort
 from lightning_segxai.values import Probe, as_shape
 
@@ -145,10 +145,7 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         ):
             if count < least:
                 raise ValueError(f"`MRADataModule({name}={count})` must be at least {least}.")
-        if not 0 < validation_share < 1:
-            raise ValueError(
-                f"`MRADataModule(validation_share={validation_share})` must lie between 0 and 1."
-            )
+        check_shares(validation_share, test_share, fold, folds)
         self.root = root
         self.phantom = phantom
         self.subjects = subjects

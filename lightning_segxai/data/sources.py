@@ -18,12 +18,12 @@ import torch
 import torchio as tio
 
 from lightning_segxai.data.phantom import tof_phantom
-from lightning_segxai.data.subjects import PhantomCohort, absence, file_stem
+from lightning_segxai.data.subjects import NIFTI, PhantomCohort, absence, file_stem
 from lightning_segxai.values import checked_name
 
 Text = str
-if not TYPE_CHECKING:  # in YAML a number need not be quoted; `SubjectFiles` makes text of it
-    Text = str | int | float
+if not TYPE_CHECKING:  # what YAML makes of 7 and of nothing; `SubjectFiles` makes text of it
+    Text = str | int | float | None
 
 
 class Source(ABC):
@@ -74,8 +74,8 @@ class SubjectFiles(Source):
         weights: How often a patch is drawn around each voxel, not negative; any scale.
         metadata: What else is known, to be written beside the split.
 
-    In YAML, numbers may stand for texts, but YAML drops the leading zero of ``01``, and with it
-    one subject may become two or another: quote it.
+    In YAML, numbers may stand for name, subject and metadata, but YAML reads ``01`` as 1, as which
+    it may be another subject: quote it.
 
     Raises:
         ValueError: for a bad name of the volume or of a map.
@@ -123,11 +123,10 @@ class SubjectFiles(Source):
 
     def read(self) -> tio.Subject:
         for key, path in self.paths.items():
-            # ITK knows MetaImage by its ending, and that in small letters only
-            if path.suffix != (small := path.suffix.lower()) and small in (".mha", ".mhd"):
+            if (better := _readable(path)) != path:
                 raise ValueError(
-                    f'The {key} of subject "{self.name}" ({path}) cannot be read with its ending '
-                    f"in capitals. Rename it to {path.stem}{small}."
+                    f'The {key} of subject "{self.name}" ({path}) cannot be read with capitals in '
+                    f"its ending. Rename it to {better.name}."
                 )
         # Weights are a label map to TorchIO, so that no intensity transform changes them. What is
         # not there is told by `check_subject`, along with all else that is wrong
@@ -190,6 +189,16 @@ class PhantomSubject(Source):
 
 def _text(value: Text | None) -> str:
     return "" if value is None else str(value)
+
+
+def _readable(path: Path) -> Path:
+    """The path, or one that can be read: ITK does not know all endings in capitals."""
+    ending = path.name[len(file_stem(path)) :]
+    small = ending.lower()
+    known = small in (".nrrd", ".nhdr") or (small in NIFTI and ending.isupper())
+    if known or ending == small or path.is_dir():
+        return path
+    return path.with_name(file_stem(path) + small)
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -77,11 +78,12 @@ def rows_of(
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}). Save it as such.") from error
     # A cell of a TSV may begin with a quote that never ends
-    quoting = csv.QUOTE_NONE if path.suffix.lower() == ".tsv" else csv.QUOTE_MINIMAL
+    quoted = path.suffix.lower() != ".tsv"
+    reader_of = partial(csv.reader, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
     heads = {
-        mark: [_column(_cell(cell, quoting), known) for cell in cells]
+        mark: [_column(_cell(cell, quoted), known) for cell in cells]
         for mark in ",;\t"
-        for cells in islice(csv.reader(text.splitlines(), delimiter=mark, quoting=quoting), 1)
+        for cells in islice(reader_of(text.splitlines(), delimiter=mark), 1)
     }
     mark = next((mark for mark, columns in heads.items() if known[0] in columns), ",")
     columns = heads.get(mark, [])
@@ -94,11 +96,11 @@ def rows_of(
         raise ValueError(f"{path} has these columns more than once: {', '.join(twice)}.")
     rows: list[tuple[int, dict[str, str]]] = []
     problems: list[tuple[int, str]] = []
-    reader = csv.reader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
+    reader = reader_of(io.StringIO(text), delimiter=mark, strict=True)
     try:
         next(reader)
         for cells in reader:
-            filled = [_cell(cell, quoting) for cell in cells]
+            filled = [_cell(cell, quoted) for cell in cells]
             if any(filled[len(columns) :]):
                 told = f"there are {len(cells)} cells for {len(columns)} columns"
                 problems.append((reader.line_num, told))
@@ -118,8 +120,8 @@ def _column(head: str, known: Sequence[str]) -> str:
     return start + head[len(start) :]
 
 
-def _cell(text: str, quoting: int) -> str:
+def _cell(text: str, quoted: bool) -> str:
     """What a cell says; R writes all texts of a TSV in quotes."""
     text = text.strip()
     in_quotes = len(text) > 1 and text[0] == text[-1] == '"'
-    return text[1:-1].strip() if in_quotes and quoting == csv.QUOTE_NONE else text
+    return text if quoted or not in_quotes else text[1:-1].strip()

@@ -13,13 +13,14 @@ from lightning_segxai.data.sources import PhantomSubject, SubjectFiles
 from lightning_segxai.data.subjects import PhantomCohort, check_subject
 
 SHAPE = (5, 4, 3)
+AGED = {"age": "50", "bmi": "22.5", "site": "Ulm", "sex": ""}
 
 
 def write(path, label=False):
     """A tiny volume in whatever format the ending says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.random.default_rng(0).integers(0, 2 if label else 900, SHAPE).astype(np.uint16)
-    if path.name.endswith((".nii", ".nii.gz")):
+    if path.name.lower().endswith((".nii", ".nii.gz")):
         nib.save(nib.Nifti1Image(array, np.diag([-1, -1, 1, 1])), path)
     else:
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array.T), path)
@@ -52,6 +53,7 @@ def test_names_come_from_the_image():
     assert (source.name, source.subject, source.split) == ("case.1", "case.1", "")
     assert SubjectFiles("x/case.1/").name == "case.1"
     assert SubjectFiles("x/case.1/", name="b").subject == "b"
+    assert SubjectFiles("x/s0.NII.GZ").name == "s0"
 
 
 @pytest.mark.parametrize(
@@ -116,10 +118,14 @@ def test_files_are_all_that_decides(tmp_path):
         ("data file: z_%d.raw 1 2 1\n", ["z_1.raw", "z_2.raw"]),
         ("datafile: of a.raw\n", ["of a.raw"]),
         ("encoding: raw\n\nvoxels", []),
+        ("ElementDataFile = of a.raw\n", ["of a.raw"]),
+        ("ElementDataFile = Local\nvoxels", []),
+        ("ElementDataFile = \n", []),
+        ("ElementDataFile =", []),
     ],
 )
 def test_headers_name_their_data_in_several_ways(tmp_path, named, expected):
-    """One file, a list, a pattern, or none where the data follow."""
+    """One file, a list, a pattern, or none where the data follow or where nothing is named."""
     path = tmp_path / "a.nhdr"
     path.write_text(f"NRRD0004\ntype: short\n{named}")
     for name in ("z_1.raw", "z_2.raw", "of a.raw"):
@@ -138,6 +144,78 @@ def test_files_that_are_missing_are_told(tmp_path):
         _ = source.files
     with pytest.raises(ValueError, match=r'image of subject "b" \(.*b\.nii\) does not exist'):
         check_subject(source.read())
+
+
+def test_a_header_that_names_nothing_is_told(tmp_path):
+    """It is a file of the subject, which cannot be read."""
+    path = tmp_path / "a.mhd"
+    path.write_text("ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementDataFile = \n")
+    source = SubjectFiles(str(path))
+    assert source.files == (path,)
+    with pytest.raises(ValueError, match=r'image of subject "a" .*cannot be read'):
+        check_subject(source.read())
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Paths from a configuration, which no shell has expanded, are found there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "x" / "a.nhdr")
+    write(tmp_path / "x" / "b.nii", label=True)
+    source = SubjectFiles("~/x/a.nhdr", "~/x/b.nii", maps={"c": "~/x/b.nii"})
+
+    names = ["a.nhdr", "a.raw", "b.nii", "b.nii"]
+    assert source.files == tuple(tmp_path / "x" / name for name in names)
+    check_subject(source.read(), labeled=True)
+    (row,) = find_subjects(table(tmp_path, "image\n~/x/a.nhdr\n"))
+    assert row.files == (tmp_path / "x" / "a.nhdr", tmp_path / "x" / "a.raw")
+
+
+@pytest.mark.parametrize("ending", [".NII", ".NII.GZ", ".NRRD", ".Nhdr"])
+def test_endings_in_capitals_are_read(tmp_path, ending):
+    """What a scanner's or a Windows program wrote is found, read, and named without its ending."""
+    pair(tmp_path, f"a{ending}")
+    (source,) = find_subjects(tmp_path)
+    assert source.name == "a"
+    check_subject(source.read(), labeled=True)
+
+
+@pytest.mark.parametrize("ending", [".MHA", ".Mhd", ".nii.GZ", ".Nii"])
+def test_endings_in_capitals_are_not_left_out(tmp_path, ending):
+    """What ITK does not know by capitals is found and told to be renamed."""
+    small = write(tmp_path / "images" / f"a{ending.lower()}")
+    small.rename(small.with_name(f"a{ending}"))
+    write(tmp_path / "labels" / "a.nii", label=True)
+    (source,) = find_subjects(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf'subject "a" .*its ending\. Rename it to {small.name}\.'
+    ):
+        source.read()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "expected"),
+    [
+        ("name: 7", {"name": "7"}),
+        ("name: 0", {"name": "0"}),
+        ("name: null", {}),
+        ("subject: 1.5", {"subject": "1.5"}),
+        ("subject: 01", {"subject": "1"}),
+        ('subject: "01"', {"subject": "01"}),
+        ("metadata: {age: 50, bmi: 22.5, site: Ulm, sex: null}", {"metadata": AGED}),
+    ],
+)
+def test_numbers_in_a_configuration_need_no_quotes(tmp_path, yaml, expected):
+    """They become texts, of what YAML has left of them; what is saved of it reads the same."""
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--subjects", type=list[SubjectFiles])
+    path = tmp_path / "run.yaml"
+    path.write_text(f"subjects:\n  - {{image: a.nii, {yaml}}}\n")
+    parsed = parser.parse_args([f"--config={path}"])
+    assert parser.instantiate(parsed).subjects == [SubjectFiles("a.nii", **expected)]
+    path.write_text(parser.dump(parsed))
+    again = parser.parse_args([f"--config={path}"])
+    assert parser.instantiate(again).subjects == [SubjectFiles("a.nii", **expected)]
 
 
 def test_sources_are_built_from_a_configuration_file(tmp_path):
@@ -295,6 +373,23 @@ def test_tables_name_files(tmp_path, mark):
     assert second == SubjectFiles(str(here / "b.nii"))
 
 
+def test_columns_with_a_meaning_may_be_in_capitals(tmp_path):
+    """A spreadsheet's `Split` is no metadata; a map keeps its name, and metadata its own."""
+    text = "IMAGE,Label,Split,Subject,Name,Weights,MAP_Brain,Age,age\na,b,train,p,n,w,m,63,64\n"
+    (found,) = find_subjects(table(tmp_path, text))
+    a, b, w, m = (str(tmp_path / name) for name in "abwm")
+    assert found == SubjectFiles(
+        a,
+        b,
+        name="n",
+        subject="p",
+        split="train",
+        maps={"Brain": m},
+        weights=w,
+        metadata={"Age": "63", "age": "64"},
+    )
+
+
 def test_a_table_tells_all_its_problems_at_once(tmp_path):
     """Each problem of each row comes with its line, in one error."""
     write(tmp_path / "a.nii")
@@ -325,6 +420,8 @@ def test_a_table_tells_all_its_problems_at_once(tmp_path):
         ("path;label\n", r"needs a column `image`, but has path;label"),
         ("path,label\n", r"needs a column `image`, but has path, label"),
         ("image,age,age\n", r"more than once: age"),
+        ("image,Split,split,Name,NAME\n", r"more than once: name, split\."),
+        ("image,map_brain,Map_BRAIN\n", r"more than once: map_brain\."),
         ("image\n", r"line 2: there is no row"),
         ('image,label\n"a.nii,b.nii\n', r"line 2: the cells cannot be told apart"),
     ],
@@ -401,6 +498,55 @@ def test_bids_without_participants(tmp_path):
     """Without the table there is no metadata and no split."""
     (bids(tmp_path) / "participants.tsv").unlink()
     assert {(s.split, str(s.metadata)) for s in find_subjects(tmp_path)} == {("", "{}")}
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_bids_participants_may_lack_their_prefix(tmp_path, quote):
+    """Ids without `sub-`, heads in capitals, R's quotes and people without a scan are fine."""
+    rows = [["Participant_ID", "Split"], ["01", "train"], ["sub-02", "val"], ["03", "test"]]
+    text = "\n".join("\t".join(f"{quote}{cell}{quote}" for cell in row) for row in rows)
+    (bids(tmp_path) / "participants.tsv").write_text(text)
+    assert {(s.subject, s.split) for s in find_subjects(tmp_path)} == {
+        ("sub-01", "train"),
+        ("sub-02", "val"),
+    }
+
+
+def test_bids_participants_of_other_images_are_told(tmp_path):
+    """A table of which no row is of any image would silently lose the splits that it gives."""
+    table = bids(tmp_path) / "participants.tsv"
+    table.write_text("participant_id\tsplit\n" + "".join(f"{n}\ttrain\n" for n in range(1, 9)))
+    told = refused(tmp_path).splitlines()[1:]
+    assert told == [
+        f"  {table} needs the subjects of the images as `participant_id` (sub-01, sub-02), but has "
+        "none of them, only sub-1, sub-2, sub-3, sub-4, sub-5, ..."
+    ]
+    table.write_text("participant_id\tsplit\nn/a\ttrain\nsub-02\tval\n\ttest\n")
+    assert refused(tmp_path).splitlines()[1:] == [
+        f"  {table}, line {line}: there is no participant_id" for line in (2, 4)
+    ]
+    table.write_text("participant_id\tsplit\n")
+    assert len(find_subjects(tmp_path)) == 4
+
+
+def test_quotes_are_letters_in_a_tsv(tmp_path):
+    """BIDS' tables know no quoting, so that one in a cell takes no other cell with it."""
+    (bids(tmp_path) / "participants.tsv").write_text(
+        'participant_id\thand\tnote\nsub-01\t"left" handed\t"\nsub-02\tr\t5\' 6"\n'
+    )
+    found = {s.subject: s.metadata for s in find_subjects(tmp_path)}
+    assert found == {
+        "sub-01": {"hand": '"left" handed', "note": '"'},
+        "sub-02": {"hand": "r", "note": "5' 6\""},
+    }
+
+
+def test_bids_endings_may_be_in_capitals(tmp_path):
+    """An image and a mask are found by their names whatever the case of the ending."""
+    write(tmp_path / "sub-01" / "anat" / "sub-01_angio.NII")
+    mask = write(tmp_path / "derivatives" / "sub-01_desc-vessel_mask.NII.GZ", label=True)
+    (source,) = find_subjects(tmp_path)
+    assert (source.name, source.label) == ("sub-01", str(mask))
 
 
 def test_bids_tells_all_its_problems_at_once(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_segxai.data.sources import PhantomSubject, SubjectFiles
-from lightning_segxai.data.splits import assign_splits, split_rows
+from lightning_segxai.data.splits import assign_splits, check_shares, split_rows
 from lightning_segxai.data.subjects import PhantomCohort
 
 
@@ -123,6 +123,16 @@ def test_numbers_out_of_range(settings, message):
     """Every number that cannot be had is refused with what could be."""
     with pytest.raises(ValueError, match=message):
         by_name(volumes(2, 2, 1), **settings)
+
+
+def test_numbers_are_refused_before_any_subject_is_known():
+    """A constructor can ask, and good numbers pass."""
+    check_shares(0.2, 0.1, None, None)
+    check_shares(0.99, 0.5, 1, 2)  # folds decide, not the share
+    with pytest.raises(ValueError, match=r"fold=2\)` must be from 0 to 1"):
+        check_shares(0.2, 0.0, 2, 2)
+    with pytest.raises(ValueError, match=r"validation_share=0\)` must lie between 0 and 1"):
+        check_shares(0, 0.0, None, None)
 
 
 @pytest.mark.parametrize(
