@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_segxai.data.augmentation import Augmentation, light_augmentation
 from lightning_segxai.data.cache import default_folder
 from lightning_segxai.data.choice import ProbeChoice, Segment, chosen_probes
+from lightning_segxai.data.evaluation import FixedBatches, still_loader, tiles, whole
 from lightning_segxai.data.finding import find_subjects
 from lightning_segxai.data.gathering import Gathered, gather
 from lightning_segxai.data.intensity import ForegroundNormalization
@@ -23,13 +24,9 @@ from lightning_segxai.data.loaders import (
     Batch,
     CachedPatches,
     EpochBatches,
-    FixedBatches,
     PatchLoader,
     augmented_later,
     patch_loader,
-    still_loader,
-    tiles,
-    whole,
 )
 from lightning_segxai.data.plan import EpochPlan
 from lightning_segxai.data.probes import ProbeFile

@@ -17,7 +17,7 @@ from lightning_segxai.data.provenance import provenance
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.settings import told
 from lightning_segxai.data.sources import Source
-from lightning_segxai.data.subjects import check_subject, preprocessed
+from lightning_segxai.data.subjects import check_subject
 from lightning_segxai.data.volumes import Volume
 
 
@@ -100,6 +100,33 @@ def prepared(subject: tio.Subject, transform: tio.Transform) -> Volume:
         preprocessing=told(transform),
         source=digest,
     )
+
+
+def preprocessed(subject: tio.Subject, transform: tio.Transform) -> tio.Subject:
+    """The transformed subject: label maps of whole numbers in int32, all else in float32.
+
+    No random number is drawn: TorchIO asks the global generator whether to apply a transform even
+    when it always does, and a probe must not shift the random numbers of the training.
+
+    Raises:
+        ValueError: where the transform fails or gives NaN, naming the subject.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # not torch.manual_seed: it would reseed GPUs too
+        try:
+            subject = transform(subject)
+        except Exception as error:  # transforms are anybody's code
+            name = subject.get("name", "?")
+            raise ValueError(f'The preprocessing of subject "{name}" failed: {error}') from error
+    for image in subject.get_images(intensity_only=False):
+        whole = isinstance(image, tio.LabelMap) and bool((image.data == image.data.round()).all())
+        image.set_data(image.data.to(torch.int32 if whole else torch.float32))
+        if not bool(torch.isfinite(image.data).all()):
+            raise ValueError(
+                f'The preprocessing of subject "{subject.get("name", "?")}" gave NaN or infinity. '
+                f"It was {transform}."
+            )
+    return subject
 
 
 def source_digest(subject: tio.Subject) -> str:

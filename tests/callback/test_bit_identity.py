@@ -287,7 +287,7 @@ def test_pythons_generator_is_not_drawn_from(tmp_path):
         [sys.executable, "-c", textwrap.dedent(IN_PLAIN_PYTHON), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
 

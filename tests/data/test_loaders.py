@@ -19,17 +19,14 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 
 import lightning_segxai
 from lightning_segxai.data.augmentation import Augmentation
+from lightning_segxai.data.evaluation import FixedBatches, still_loader, tiles, whole
 from lightning_segxai.data.keeping import Held, KeptVolumes
 from lightning_segxai.data.loaders import (
     SEEDS,
     CachedPatches,
     EpochBatches,
-    FixedBatches,
     PatchLoader,
     patch_loader,
-    still_loader,
-    tiles,
-    whole,
 )
 from lightning_segxai.data.plan import EpochPlan
 from lightning_segxai.data.queue import QueuedPatches
@@ -387,7 +384,7 @@ def test_no_loader_touches_pythons_generator():
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{package}"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert done.stdout.split() == ["True"]

@@ -89,7 +89,7 @@ def test_reading_is_the_same_everywhere_and_draws_no_random_number(tmp_path):
         (tmp_path / folder).mkdir()
         path = write(tmp_path / folder / "head.nii.gz", noise())
         command = [sys.executable, "-c", code, str(path)]
-        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8"))
     told = [run.communicate(timeout=120)[0] for run in runs]
 
     assert told[0] == told[1]

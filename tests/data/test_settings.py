@@ -157,7 +157,7 @@ def test_words_are_the_same_in_another_process():
         [sys.executable, "-c", code],
         env={"PYTHONHASHSEED": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert there.stdout == here.getvalue() != ""

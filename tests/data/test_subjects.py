@@ -9,7 +9,8 @@ import SimpleITK
 import torch
 import torchio as tio
 
-from lightning_segxai.data.subjects import PhantomCohort, check_subject, file_stem, preprocessed
+from lightning_segxai.data.preparation import preprocessed
+from lightning_segxai.data.subjects import PhantomCohort, check_subject, file_stem
 
 SHAPE = (8, 7, 6)
 

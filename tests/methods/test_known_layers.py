@@ -624,7 +624,7 @@ def test_a_baseline_that_is_no_recipe_is_refused_with_its_shape():
     methods = [method.__name__ for method in (*BASELINES, Baseline)]
     told = subprocess.run(
         [sys.executable, "-c", REFUSALS.format(methods=f"[{', '.join(methods)}]")],
-        capture_output=True, text=True, check=True,
+        capture_output=True, encoding="utf-8", check=True,
     ).stdout.splitlines()  # fmt: skip
     found = ["a volume of (1, 8, 8, 8)", "a volume of (2, 3)", "[0.0, 1.0]", "None", "'blured'"]
     assert told == [
