@@ -1,6 +1,6 @@
 """How fast and how lean the data module is, against TorchIO and MONAI: one line of JSON a number.
 
-    python experiments/benchmarks/data.py                # all; ten minutes
+    python experiments/benchmarks/data.py                # all; twenty minutes
     python experiments/benchmarks/data.py memory start   # some
 
 Twelve phantoms of 256 x 256 x 100 voxels, as compressed NIfTI; patches of 64^3 in batches of 4. One
@@ -78,7 +78,7 @@ def ours(root: Path, cache: str, workers: int, augmentation: list[tio.Transform]
     )
 
 
-def speed(epoch: Callable[[], Iterable[Any]], seconds: float = 20.0) -> float:
+def speed(epoch: Callable[[], Iterable[Any]], seconds: float = 10.0) -> float:
     """Patches a second over whole epochs, after one that warms up."""
     patches, begin = 0, 0.0
     while True:
