@@ -28,7 +28,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if given and given[0] in TRAINING:
             run_lightning(given)
         else:
-            chosen = _parser().parse_args(given)
+            parser = _parser()
+            chosen, settings = parser.parse_known_args(given)
+            if settings and "config" not in chosen:
+                parser.error(f"unrecognized arguments: {' '.join(settings)}")
+            chosen.settings = settings
             chosen.run(chosen)
     except KeyboardInterrupt:
         print("segxai: interrupted", file=sys.stderr)
@@ -81,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", required=True, action="append", metavar="C.yaml", help="as for `segxai fit`"
+        "--config",
+        required=True,
+        action="append",
+        metavar="C.yaml",
+        help="as for `segxai fit`, and like there a setting may follow: --data.patch_size 32",
     )
 
 
@@ -94,20 +102,20 @@ def _demo(chosen: argparse.Namespace) -> None:
 def _data(chosen: argparse.Namespace) -> None:
     from lightning_segxai.inspection import inspect_data
 
-    inspect_data(configured(chosen.config).datamodule, chosen.out)
+    inspect_data(configured(chosen.config, chosen.settings).datamodule, chosen.out)
 
 
 def _layers(chosen: argparse.Namespace) -> None:
     from lightning_segxai.posthoc import show_layers
 
-    parts = configured(chosen.config)
+    parts = configured(chosen.config, chosen.settings)
     show_layers(parts.model, parts.datamodule, parts.segxai, chosen.shape, chosen.channels)
 
 
 def _explain(chosen: argparse.Namespace) -> None:
     from lightning_segxai.posthoc import explain_file
 
-    parts = configured(chosen.config)
+    parts = configured(chosen.config, chosen.settings)
     explain_file(
         parts.model,
         parts.datamodule,
@@ -120,15 +128,18 @@ def _explain(chosen: argparse.Namespace) -> None:
     )
 
 
-def configured(configs: Sequence[str]) -> Any:
+def configured(configs: Sequence[str], settings: Sequence[str]) -> Any:
     """The parts that configuration files describe, made but not run.
+
+    Args:
+        configs: The files.
+        settings: Further ones, as on the command line of ``segxai fit``.
 
     Returns:
         A LightningCLI with ``model``, ``datamodule`` and ``segxai``.
     """
-    return run_lightning(
-        [part for config in configs for part in ("--config", config)], run=False, quiet=True
-    )
+    files = [part for config in configs for part in ("--config", config)]
+    return run_lightning([*files, *settings], run=False, quiet=True)
 
 
 def run_lightning(args: list[str], *, run: bool = True, quiet: bool = False) -> Any:

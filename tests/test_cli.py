@@ -72,6 +72,21 @@ def refused(capsys, args: list[str]) -> str:
     return error[-1]
 
 
+def test_settings_may_follow_where_nothing_is_trained(tmp_path, capsys):
+    """`data` and `layers` take a setting after the file, as `fit` does; `demo` takes none."""
+    config = configuration(tmp_path)
+    cli.main(["layers", "--config", str(config), "--model.init_args.net.init_args.levels=3"])
+    out = str(tmp_path / "look")
+    cli.main(["data", "--config", str(config), "--data.init_args.patch_size=8", "--out", out])
+    printed = capsys.readouterr().out
+
+    assert "net.encoder.2" in printed
+    assert "8 x 8 x 8 voxels" in printed
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--nothing"])
+    assert stop.value.code == 2
+
+
 @pytest.mark.parametrize(
     "args", [["--help"], ["fit", "--help"], ["explain", "--help"], ["data", "--help"]]
 )

@@ -6,8 +6,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 import torchio as tio
 from torch.utils.data import DataLoader, Dataset
@@ -54,8 +55,9 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
 
     Volumes come from ``root``: a folder with ``images/<name>.nii.gz`` and
     ``labels/<name>.nii.gz``, a BIDS tree (``anat/*_angio.nii.gz``, masks in derivatives as
-    ``desc-vessel_mask``), or a CSV with the columns ``image`` and ``label`` and, where wanted,
-    ``split``, ``subject``, ``name``, ``weights`` and any metadata. They may be listed as
+    ``desc-vessel_mask``), or a CSV with the columns ``image`` and ``label`` (paths relative to the
+    CSV) and, where wanted, ``split`` (``train``, ``val`` or ``test``), ``subject``, ``name``,
+    ``weights``, ``map_<name>`` and any metadata. They may be listed as
     ``subjects``, or made up. NIfTI, NRRD, MetaImage and DICOM series (a folder each) are read.
 
     Volumes are checked, turned to RAS, scaled and kept once, in memory or as files mapped to it;
@@ -66,7 +68,8 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
     the random numbers of the training, and a checkpoint in the middle of an epoch resumes there.
 
     A batch is TorchIO's: ``batch["image"]["data"]`` (b c i j k), ``batch["label"]["data"]``
-    (b 1 i j k), their ``affine``, and ``batch["name"]``.
+    (b 1 i j k), their ``affine``, ``batch["name"]``, and ``batch["location"]``, the first voxel of
+    each patch and its end.
 
     Args:
         root: Folder of pairs, BIDS tree or CSV.
@@ -143,6 +146,13 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             if count < least:
                 raise ValueError(f"`MRADataModule({name}={count})` must be at least {least}.")
         check_shares(validation_share, test_share, fold, folds)
+        if cache not in (None, *get_args(Cache)):
+            raise ValueError(
+                f"`MRADataModule(cache={cache!r})` must be one of {get_args(Cache)}, or None to "
+                "choose by the free memory."
+            )
+        if spacing_mm is not None and not np.all(np.asarray(spacing_mm, dtype=float) > 0):
+            raise ValueError(f"`MRADataModule(spacing_mm={spacing_mm})` needs numbers above 0.")
         self.root = root
         self.phantom = phantom
         self.subjects = subjects
@@ -163,6 +173,15 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
         self.classes = classes
         self.seed = seed
         self._probes = probes
+        for name, value, kind in (
+            ("intensity", self.intensity, tio.Transform),
+            ("augmentation", self.augmentation, list),
+            ("sampling", self.sampling, Sampling),
+            ("probes", probes, int | ProbeChoice | list),
+        ):
+            if not isinstance(value, kind):
+                wanted = getattr(kind, "__name__", "number, `ProbeChoice` or list")
+                raise TypeError(f"`MRADataModule({name}={value!r})` must be a {wanted}.")
         self._gathered: Gathered | None = None
         self._split: dict[str, KeptVolumes] = {}
         self._rows: list[dict[str, str]] | None = None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import random
 import warnings
 
@@ -336,3 +337,24 @@ data:
     assert data.intensity.percentiles == (0.5, 99.95)
     assert [type(t).__name__ for t in data.augmentation] == ["RandomFlip"]
     assert data._probes == [ProbeFile("a.nii.gz", name="a")]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"cache": "dsik"}, "ValueError: `MRADataModule(cache='dsik')` must be one of"),
+        ({"sampling": "uniform"}, "TypeError: `MRADataModule(sampling='uniform')` must be a Sampl"),
+        ({"probes": "thinnest"}, "TypeError: `MRADataModule(probes='thinnest')` must be a number"),
+        (
+            {"augmentation": "flip"},
+            "TypeError: `MRADataModule(augmentation='flip')` must be a l",
+        ),
+        ({"spacing_mm": 0.0}, "ValueError: `MRADataModule(spacing_mm=0.0)` needs numbers above 0"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(given, told):
+    """In plain Python too, where nobody has checked them before."""
+    init = inspect.unwrap(MRADataModule.__init__)
+    with pytest.raises((ValueError, TypeError)) as error:
+        init(MRADataModule.__new__(MRADataModule), "x", **given)
+    assert f"{type(error.value).__name__}: {error.value}".startswith(told)
