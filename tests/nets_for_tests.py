@@ -288,7 +288,7 @@ def blended(
     net: nn.Module, x: Tensor, window: tuple[int, int, int] | None, overlap: float = 0.5
 ) -> Tensor:
     """Logits of a volume ``c i j k`` by windows, written down plainly; differentiable."""
-    return sum(share * logits for share, logits, _ in pieces(net, x, window, overlap))  # type: ignore[return-value]
+    return sum(share * logits for share, logits, _ in pieces(net, x, window, overlap))
 
 
 def pieces(

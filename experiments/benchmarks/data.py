@@ -127,7 +127,7 @@ def torchio_queue(
     return epoch
 
 
-class _Each(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class _Each(torch.utils.data.Dataset):
     """A queue whose patches go through a transform."""
 
     def __init__(self, queue: tio.Queue, transform: tio.Transform) -> None:

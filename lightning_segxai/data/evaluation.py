@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -68,7 +69,8 @@ class FixedBatches(DistributedSampler[list[int]]):
                 "processes, or a `batch_size` above 1.",
                 stacklevel=2,
             )
-        super().__init__(range(count), processes, rank, shuffle=False)  # type: ignore[arg-type]
+        sized: Any = range(count)  # as in `EpochBatches`, any sized thing will do
+        super().__init__(sized, processes, rank, shuffle=False)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -37,8 +37,9 @@ class EpochBatches(DistributedSampler[tuple[int, int]]):
     """
 
     def __init__(self, plan: EpochPlan) -> None:
-        # nothing of the base is used but what it is
-        super().__init__(range(len(plan)), plan.processes, plan.rank, shuffle=False)  # type: ignore[arg-type]
+        # nothing of the base is used but what it is: any sized thing will do as its data set
+        sized: Any = range(len(plan))
+        super().__init__(sized, plan.processes, plan.rank, shuffle=False)
         self.plan = plan
         self.first = 0
 
@@ -68,7 +69,7 @@ class PatchLoader(DataLoader[Batch]):
 
     _at: tuple[int, int] = (0, 0)
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator
         batches = self.sampler
         if not isinstance(batches, EpochBatches):  # Lightning's own, for `overfit_batches`
             yield from super().__iter__()

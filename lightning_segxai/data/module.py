@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
@@ -182,7 +183,6 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             if not isinstance(value, kind):
                 wanted = getattr(kind, "__name__", "number, `ProbeChoice` or list")
                 raise TypeError(f"`MRADataModule({name}={value!r})` must be a {wanted}.")
-        self._gathered: Gathered | None = None
         self._split: dict[str, KeptVolumes] = {}
         self._rows: list[dict[str, str]] | None = None
         self._stream_seed: int | None = None
@@ -216,21 +216,11 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             ValueError: with one line for each subject that cannot be used, or where there are
                 fewer than two.
         """
-        if self._gathered is not None:
+        if self._split:
             return
         sources = self.sources()
         splits = self._assigned(sources)
-        gathered = gather(
-            sources,
-            splits,
-            self.preprocessing,
-            self.sampling,
-            patch_size=self.patch_size,
-            classes=self.classes,
-            cache=self.cache,
-            folder=self.cache_dir,
-            processes=self._local_processes(),
-        )
+        gathered = self.gather(sources, splits)
         gathered.tell()
         self._rows = split_rows(sources, splits)
         self._split = {
@@ -243,7 +233,25 @@ class MRADataModule(*_BASES):  # type: ignore[misc]  # chosen by what is install
             )
             for split in ("train", "val", "test")
         }
-        self._gathered = gathered
+
+    def gather(self, sources: Sequence[Source], splits: Sequence[str]) -> Gathered:
+        """Read, check, preprocess and keep volumes, and collect what is wrong with them.
+
+        Args:
+            sources: The volumes, not yet read.
+            splits: ``train``, ``val`` or ``test`` for each.
+        """
+        return gather(
+            sources,
+            splits,
+            self.preprocessing,
+            self.sampling,
+            patch_size=self.patch_size,
+            classes=self.classes,
+            cache=self.cache,
+            folder=self.cache_dir,
+            processes=self._local_processes(),
+        )
 
     def _assigned(self, sources: list[Source]) -> list[str]:
         return assign_splits(

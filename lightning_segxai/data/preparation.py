@@ -12,7 +12,7 @@ import torchio as tio
 from jaxtyping import Shaped
 from torch import Tensor
 
-from lightning_segxai.data.cache import FORMAT, VolumeCache
+from lightning_segxai.data.cache import VolumeCache
 from lightning_segxai.data.provenance import provenance
 from lightning_segxai.data.sampling import Sampling
 from lightning_segxai.data.settings import told
@@ -60,7 +60,6 @@ class Preparation:
     def key(self, cache: VolumeCache) -> str:
         """Name of its entry in the cache: what it is made of, by what settings and what code."""
         made_of = (
-            FORMAT,
             [cache.content(file) for file in self.source.files],
             self.source.described,
             told(self.transform),

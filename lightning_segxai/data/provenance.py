@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from functools import lru_cache, partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 
 import torchio as tio
+
+from lightning_segxai.data.settings import code_digest
 
 _VERSIONED = ("torchio", "torch", "numpy", "builtins", "pathlib", "functools")
 
@@ -85,15 +87,9 @@ def _parts(value: object, seen: set[int]) -> Iterator[object]:
 
 
 def _bytecode(made_by: FunctionType | type) -> str:
-    """Digest of what a function or the methods of a class do, typed into a notebook say."""
-
-    def told(code: CodeType) -> list[object]:
-        constants = [told(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-        return [code.co_code.hex(), code.co_names, constants]
-
+    """Digests of a function or of the methods of a class, typed into a notebook say."""
     functions = [made_by] if isinstance(made_by, FunctionType) else vars(made_by).values()
-    codes = [told(f.__code__) for f in functions if isinstance(f, FunctionType)]
-    return hashlib.sha256(repr(codes).encode()).hexdigest()
+    return " ".join(code_digest(f) for f in functions if isinstance(f, FunctionType))
 
 
 def _is_file(path: Path) -> bool:

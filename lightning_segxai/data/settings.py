@@ -46,7 +46,7 @@ def _told(value: object, around: tuple[int, ...]) -> str:
         return "{" + ", ".join(sorted(_told(v, around) for v in value)) + "}"
     if isinstance(value, FunctionType):
         name = value.__qualname__
-        return f"{name} {_code(value, around)}" if "<" in name else name
+        return f"{name} {code_digest(value, around)}" if "<" in name else name
     if isinstance(value, MethodType):
         return f"{_told(value.__self__, around)}.{value.__func__.__name__}"
     own = _items(_own(value), around)
@@ -87,8 +87,13 @@ def _own(value: object) -> dict[str, object]:
     return {key: own[key] for key in sorted(own) if key not in left_out}
 
 
-def _code(function: FunctionType, around: tuple[int, ...]) -> str:
-    """Digest of what a function does, without the names of its file and its variables."""
+def code_digest(function: FunctionType, around: tuple[int, ...] = ()) -> str:
+    """Digest of what a function does, without the names of its file and its variables.
+
+    Args:
+        function: The function.
+        around: Ids of what it lies in, so that a circle ends.
+    """
 
     def parts(code: CodeType) -> list[object]:
         constants = [parts(c) if isinstance(c, CodeType) else c for c in code.co_consts]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lightning_segxai.data.augmentation import Augmentation
-from lightning_segxai.data.gathering import Gathered, gather
+from lightning_segxai.data.gathering import Gathered
 from lightning_segxai.data.grids import spacing_of
 from lightning_segxai.data.keeping import KeptVolumes
 from lightning_segxai.data.loaders import CachedPatches, drawn_place
@@ -70,17 +70,7 @@ def survey(data: MRADataModule) -> Survey:
     except ValueError as error:
         splits = [""] * len(sources)
         alone.append(str(error))
-    gathered = gather(
-        sources,
-        splits,
-        data.preprocessing,
-        data.sampling,
-        patch_size=data.patch_size,
-        classes=data.classes,
-        cache=data.cache,
-        folder=data.cache_dir,
-        processes=1,
-    )
+    gathered = data.gather(sources, splits)
     reasons = _reasons(sources, gathered)
     rows = []
     for source, split in _told(list(zip(sources, splits, strict=True)), "looking at volumes"):

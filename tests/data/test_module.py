@@ -152,8 +152,8 @@ def test_validation_is_always_the_same_and_draws_no_random_number(ready):
     covered = torch.zeros(2, 40, 40, 32)
     subjects = names(ready, "val")
     for batch in loader:
-        for name, (i, j, k, l, m, n) in zip(batch["name"], batch["location"].tolist(), strict=True):  # noqa: E741
-            covered[subjects.index(name), i:l, j:m, k:n] += 1
+        for name, (i, j, k, *ends) in zip(batch["name"], batch["location"].tolist(), strict=True):
+            covered[subjects.index(name), i : ends[0], j : ends[1], k : ends[2]] += 1
     assert (covered > 0).all()
 
 
