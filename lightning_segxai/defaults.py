@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from lightning_segxai.focus.anatomy import (
+    MassAtCaliber,
+    MassAtDistance,
+    MiddleShare,
+    ReachQuantile,
+)
+from lightning_segxai.focus.balance import SignBalance, TotalMass
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.focus.location import (
     AveragePrecision,
@@ -11,7 +18,9 @@ from lightning_segxai.focus.location import (
     Reach,
 )
 from lightning_segxai.focus.shift import CenterShift, RankCorrelation, TopOverlap
+from lightning_segxai.focus.similarity import StructuralSimilarity
 from lightning_segxai.focus.spread import EffectiveVolume, Entropy, Gini
+from lightning_segxai.focus.transport import EarthMovers
 from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.methods.cams import GradCAM
 from lightning_segxai.methods.gradients import Saliency
@@ -44,6 +53,18 @@ def default_metrics() -> dict[str, FocusMetric]:
         "entropy": Entropy(),
         "effective_volume": EffectiveVolume(),
         "reach": Reach(),
+        "reach_50": ReachQuantile(0.5),
+        "reach_90": ReachQuantile(0.9),
+        "mass_0_1_mm": MassAtDistance(above=0.0, below=1.0),
+        "mass_1_3_mm": MassAtDistance(above=1.0, below=3.0),
+        "mass_3_10_mm": MassAtDistance(above=3.0, below=10.0),
+        "mass_beyond_10_mm": MassAtDistance(above=10.0, below=None),
+        "thin_share": MassAtCaliber(below=0.75),
+        "medium_share": MassAtCaliber(above=0.75, below=1.5),
+        "thick_share": MassAtCaliber(above=1.5, below=None),
+        "middle_share": MiddleShare(),
+        "total_mass": TotalMass(),
+        "sign_balance": SignBalance(),
     }
 
 
@@ -53,4 +74,6 @@ def default_shifts() -> dict[str, ShiftMetric]:
         "rank_correlation": RankCorrelation(),
         "top_overlap": TopOverlap(),
         "center_shift": CenterShift(),
+        "structural_similarity": StructuralSimilarity(),
+        "earth_movers": EarthMovers(),
     }

@@ -56,6 +56,30 @@ def distance_mm(
     return distance
 
 
+def wall_distance_mm(mask: Mask, spacing_mm: tuple[float, float, float]) -> Float[Tensor, "i j k"]:
+    """Distance of each voxel's center from the wall of a region, in mm: negative inside.
+
+    Outside it is `distance_mm`, to the nearest voxel inside; inside it is minus the distance to
+    the nearest voxel outside. So it is never 0, and the wall lies between the two voxels. The
+    latest results are kept, as for `distance_mm`.
+
+    >>> line = torch.tensor([[[True, True, False, False]]])
+    >>> wall_distance_mm(line, (1.0, 1.0, 0.5)).tolist()
+    [[[-1.0, -0.5, 0.5, 1.0]]]
+
+    Args:
+        mask: The region.
+        spacing_mm: Edge lengths of a voxel along i, j, k.
+
+    Raises:
+        ValueError: for a mask without a voxel, or without a voxel outside of it: it has no wall.
+    """
+    (distance,) = _made_once(
+        "wall", mask, spacing_mm, partial(_wall_distance, spacing_mm=spacing_mm)
+    )
+    return distance
+
+
 @dataclass(frozen=True, eq=False)
 class Centerline:
     """The centerline of a region, voxel by voxel, cut into segments at its bifurcations.
@@ -130,6 +154,29 @@ def centerline(mask: Mask, spacing_mm: tuple[float, float, float]) -> Centerline
     shape = mask.shape[0], mask.shape[1], mask.shape[2]
     made = _made_once("centerline", mask, spacing_mm, partial(_centerline, spacing_mm=spacing_mm))
     return Centerline(shape, *made)
+
+
+def caliber_mm(mask: Mask, spacing_mm: tuple[float, float, float]) -> Float[Tensor, "i j k"]:
+    """Radius of the vessel that each voxel is nearest to, in mm.
+
+    It is the ``radius_mm`` of the nearest voxel of the `centerline`, so the voxels of a segment
+    have one caliber. A region whose centerline is empty has its largest distance from the wall
+    everywhere. The latest results are kept, as for `distance_mm`.
+
+    >>> line = torch.zeros(3, 3, 5, dtype=torch.bool)
+    >>> line[1, 1] = True
+    >>> caliber_mm(line, (0.5, 1.0, 1.0)).unique().tolist()
+    [0.5]
+
+    Args:
+        mask: The region.
+        spacing_mm: Edge lengths of a voxel along i, j, k.
+
+    Raises:
+        ValueError: for a mask without a voxel, which has no caliber.
+    """
+    (caliber,) = _made_once("caliber", mask, spacing_mm, partial(_caliber, spacing_mm=spacing_mm))
+    return caliber
 
 
 def largest_component(mask: Mask) -> Mask:
@@ -221,6 +268,41 @@ def _distance(inside: np.ndarray, spacing_mm: tuple[float, float, float]) -> tup
         )
     outside = distance_transform_edt(~inside, sampling=spacing_mm)
     return (torch.from_numpy(outside.astype(np.float32)),)
+
+
+def _wall_distance(
+    inside: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[Tensor, ...]:
+    if inside.all() or not inside.any():
+        raise ValueError(
+            "`wall_distance_mm` needs a mask with voxels inside and outside, but got "
+            f"{int(inside.sum())} of {inside.size} inside. Leave regions without a wall out before."
+        )
+    outside = distance_transform_edt(~inside, sampling=spacing_mm)
+    depth = distance_transform_edt(inside, sampling=spacing_mm)
+    return (torch.from_numpy((outside - depth).astype(np.float32)),)
+
+
+def _caliber(inside: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[Tensor, ...]:
+    if not inside.any():
+        raise ValueError(
+            "`caliber_mm` needs a mask with at least one voxel, but got an empty one of "
+            f"{inside.shape}. Leave empty regions out before."
+        )
+    line = centerline(torch.from_numpy(inside), spacing_mm)
+    if not len(line.ijk):
+        widest = np.inf
+        if not inside.all():
+            widest = distance_transform_edt(inside, sampling=spacing_mm).max()
+        return (torch.full(inside.shape, float(widest)),)
+    radius = np.zeros(inside.shape, dtype=np.float32)
+    radius[tuple(line.ijk.numpy().T)] = line.radius_mm.numpy()
+    away = np.ones(inside.shape, dtype=bool)
+    away[tuple(line.ijk.numpy().T)] = False
+    nearest = distance_transform_edt(
+        away, sampling=spacing_mm, return_distances=False, return_indices=True
+    )
+    return (torch.from_numpy(radius[tuple(nearest)]),)
 
 
 def _centerline(inside: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[Tensor, ...]:
