@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_segxai.explain import Failure, explain
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.focus.overlap import dice
+from lightning_segxai.focus.ranks import agreement
 from lightning_segxai.guard import undisturbed
 from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.rules.interception import Rule
@@ -97,7 +98,9 @@ def measure(
     Returns:
         For each probe `dice` (where it has a label); for each target its `region_voxels`; for each
         map the metrics, and `completeness_error`, `cancellation` and `doubtful` (1 or 0) where it
-        has the axiom. A metric that cannot be had is ``unsupported``, of a map of zeros ``empty``,
+        has the axiom, `untrained_similarity` and `unmoved` (1 or 0) where the untrained network's
+        map is known, and `agreement` where several methods explain the target. A metric that
+        cannot be had is ``unsupported``, of a map of zeros ``empty``,
         of a map that failed as the map is.
     """
     attributions = list(attributions)
@@ -127,6 +130,9 @@ def measure(
         }
         if attribution.completeness_error is not None:
             axiom["doubtful"] = float(attribution.doubtful)
+        if attribution.untrained_similarity is not None:
+            axiom["untrained_similarity"] = attribution.untrained_similarity
+            axiom["unmoved"] = float(attribution.unmoved)
         rows += [
             record(run, attribution, name, "1", value)
             for name, value in axiom.items()
@@ -136,7 +142,36 @@ def measure(
             _measured(run, (attribution,), name, metric.unit, metric.measure, failed)
             for name, metric in metrics.items()
         ]
+    return rows + _agreements(attributions, run)
+
+
+def _agreements(attributions: Sequence[Attribution], run: str) -> list[Record]:
+    """How far the methods of a cell agree, where there are several."""
+    cells: dict[tuple[str, str], list[Attribution]] = {}
+    for attribution in attributions:
+        cells.setdefault((attribution.probe.name, attribution.target), []).append(attribution)
+    rows: list[Record] = []
+    for maps in cells.values():
+        told = {id(a): _unmeasurable(a) for a in maps}
+        sound = [a for a in maps if told[id(a)] is None]
+        if len(sound) < 2:
+            continue
+        found = dict(zip(map(id, sound), agreement(sound), strict=True))
+        for a in maps:
+            value, status = found.get(id(a)), told[id(a)] or "unsupported"
+            rows.append(
+                record(run, a, "agreement", "1", math.nan, status)
+                if value is None
+                else record(run, a, "agreement", "1", value)
+            )
     return rows
+
+
+def _unmeasurable(attribution: Attribution) -> Status | None:
+    """Why nothing can be measured of a map; None where it can."""
+    if attribution.status != "ok":
+        return attribution.status
+    return None if bool(attribution.values.any()) else "empty"
 
 
 def measure_shifts(
@@ -159,18 +194,26 @@ def measure_shifts(
     Returns:
         One record for each metric and reference, named ``metric/reference``.
     """
-    return [
-        _measured(
-            run,
-            (attribution, reference),
-            f"{name}/{which}",
-            metric.unit,
-            metric.measure,
-            failed,
-        )
-        for which, reference in references.items()
-        for name, metric in shifts.items()
-    ]
+    rows: list[Record] = []
+    known: dict[int, list[Record]] = {}  # the best map is often the previous one, too
+    for which, reference in references.items():
+        same = known.get(id(reference.values))
+        own = [
+            _measured(
+                run,
+                (attribution, reference),
+                f"{name}/{which}",
+                metric.unit,
+                metric.measure,
+                failed,
+            )
+            if same is None
+            else replace(same[n], metric=f"{name}/{which}")
+            for n, (name, metric) in enumerate(shifts.items())
+        ]
+        known.setdefault(id(reference.values), own)
+        rows += own
+    return rows
 
 
 def _measured(
@@ -183,10 +226,9 @@ def _measured(
 ) -> Record:
     attribution = maps[0]
     for one in maps:
-        if one.status != "ok":
-            return record(run, attribution, name, unit, math.nan, one.status)
-        if not bool(one.values.any()):
-            return record(run, attribution, name, unit, math.nan, "empty")
+        why = _unmeasurable(one)
+        if why is not None:
+            return record(run, attribution, name, unit, math.nan, why)
     try:
         value = metric(*maps)
     except Exception as error:  # a metric is anybody's code

@@ -10,13 +10,14 @@ from PIL import Image
 from lightning_segxai.examine import measure, measure_shifts, record, unseen
 from lightning_segxai.explain import Failure, explain
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
+from lightning_segxai.focus.ranks import similarity
 from lightning_segxai.guard import undisturbed
 from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.render import render
 from lightning_segxai.scored import Predictor
 from lightning_segxai.sinks.base import Observation
 from lightning_segxai.targets import Target
-from lightning_segxai.timeline import Timeline
+from lightning_segxai.timeline import Reference, Timeline
 from lightning_segxai.values import Attribution, Probe, Record
 
 
@@ -84,11 +85,14 @@ def observe(
                     failed=failed,
                 )
             )
-    records = measure(maps, questions.metrics, run=run, failed=failed)
+    shifts: list[Record] = []
     if timeline is not None:
-        for attribution in maps:
+        for n, attribution in enumerate(maps):
             if attribution.status == "ok":
-                records += _shifts(attribution, timeline, questions.shifts, run, failed)
+                references = timeline.references(attribution)
+                maps[n] = _beside_untrained(attribution, references)
+                shifts += _shifts(attribution, references, timeline, questions.shifts, run, failed)
+    records = measure(maps, questions.metrics, run=run, failed=failed) + shifts
     predictions = {a.probe.name: a.prediction for a in maps if not unseen(a)}
     panels = _panels(maps, records, run, failed)
     return Observation(epoch, step, logging_step, tuple(maps), tuple(records), predictions, panels)
@@ -111,15 +115,27 @@ def _panels(
     return panels
 
 
+def _beside_untrained(
+    attribution: Attribution, references: Mapping[Reference, Attribution]
+) -> Attribution:
+    """The map, with its similarity to that of the untrained network, where that is known."""
+    first = references.get("first")
+    if first is None or first.step > 0 or attribution.step == 0:
+        return attribution
+    if not bool(attribution.values.any()) or not bool(first.values.any()):
+        return attribution
+    return replace(attribution, untrained_similarity=similarity(attribution, first))
+
+
 def _shifts(
     attribution: Attribution,
+    references: Mapping[Reference, Attribution],
     timeline: Timeline,
     shifts: Mapping[str, ShiftMetric],
     run: str,
     failed: Failure | None,
 ) -> list[Record]:
     """How far the map moved, and whether it still explains the same voxels."""
-    references = timeline.references(attribution)
     by_name = {str(which): earlier for which, earlier in references.items()}
     rows = measure_shifts(attribution, by_name, shifts, run=run, failed=failed)
     rows += (

@@ -156,7 +156,8 @@ class _Page:
         if cell.layer:
             lines += _lines(f"at {cell.layer}", 13, SOFT, _WORDS, 3)
         lines += _lines(cell.unit, 13, SOFT, _WORDS, 2)
-        if cell.doubtful:
+        marked = cell.doubtful or cell.unmoved
+        if marked:
             lines += [Line("", 6, SOFT), *_doubts(cell)]
         band = self._band(lines, 0)
         if tiles is None:
@@ -168,7 +169,7 @@ class _Page:
         cut = panels.outlined(tiles.cut, cell.region[:, :, k], self.view)
         for left, tile in zip(self.starts[1:], (tiles.projection, cut), strict=True):
             image = Image.fromarray(tile)
-            if cell.doubtful:
+            if marked:
                 box = (0, 0, image.width - 1, image.height - 1)
                 ImageDraw.Draw(image).rectangle(box, outline=WARNING, width=3)
             band.paste(image, (left, 0))
@@ -201,12 +202,16 @@ def _lines(
 
 
 def _doubts(cell: Attribution) -> list[Line]:
-    """What is wrong with a doubtful map, with the numbers."""
-    texts = ["doubtful"]
-    if cell.completeness_error is not None:
-        texts.append(f"completeness error {_number(100 * cell.completeness_error)} %")
-    if cell.cancellation is not None:
-        texts.append(f"cancellation {_number(cell.cancellation)}x")
+    """What is wrong with a map that cannot be trusted, with the numbers."""
+    texts: list[str] = []
+    if cell.doubtful:
+        texts.append("doubtful")
+        if cell.completeness_error is not None:
+            texts.append(f"completeness error {_number(100 * cell.completeness_error)} %")
+        if cell.cancellation is not None:
+            texts.append(f"cancellation {_number(cell.cancellation)}x")
+    if cell.unmoved:
+        texts += ["as if untrained", f"rank correlation {cell.untrained_similarity:.3f}"]
     return [Line(text, 13, INK, warning=True) for text in texts]
 
 

@@ -234,6 +234,8 @@ class Attribution:
             baseline; None without the axiom, or where ``dF`` vanishes.
         cancellation: ``sum |values| / |dF|``; large means that the map is mostly positive and
             negative parts cancelling each other.
+        untrained_similarity: Spearman correlation of ``|values|`` with that of the untrained
+            network's map, in [-1, 1]; None where that is not known.
         seconds: Wall time that the map took, its share of passes made for several methods included.
         status: How it ended.
         reason: Why, where it is not ``ok``.
@@ -252,6 +254,7 @@ class Attribution:
     step: int = 0
     completeness_error: float | None = None
     cancellation: float | None = None
+    untrained_similarity: float | None = None
     seconds: float = 0.0
     status: Status = "ok"
     reason: str = ""
@@ -260,6 +263,14 @@ class Attribution:
     def doubtful(self) -> bool:
         """Whether the map breaks its axiom: an error above 10 %, or a cancellation above 1,000."""
         return (self.completeness_error or 0.0) > 0.10 or (self.cancellation or 0.0) > 1000.0
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether training left the map as it was: a similarity to the untrained one above 0.95.
+
+        A map that stays so while the network learns does not depend on what it learned.
+        """
+        return (self.untrained_similarity or 0.0) > 0.95
 
 
 @dataclass(frozen=True)

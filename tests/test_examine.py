@@ -497,6 +497,7 @@ def test_measures_are_tidy_rows():
         ("cancellation", "margin", "ig", "ok"),
         ("doubtful", "margin", "ig", "ok"),
         ("mean", "margin", "ig", "ok"),
+        *[("agreement", t, m, "ok") for t in ("vessel", "margin") for m in ("saliency", "ig")],
     ]
     assert {r.run for r in rows} == {"r"}
     assert {r.fingerprint for r in rows} == {probe.fingerprint}
@@ -509,6 +510,26 @@ def test_measures_are_tidy_rows():
     truth = probe.label == 1
     dice = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
     assert by["dice", "", ""].value == pytest.approx(float(dice))
+
+
+def test_agreement_is_among_the_sound_maps_of_a_cell():
+    """A failed map and one of zeros get their status, and do not count for the others."""
+    (ok,) = examine(layered(), [a_probe()], {"t": ClassEvidence(1)}, {"one": Saliency()})
+    other = replace(ok, method="other", values=-3 * ok.values)
+    zero = replace(ok, method="zero", values=torch.zeros_like(ok.values))
+    failed = replace(ok, method="failed", status="failed")
+    flat = replace(ok, method="flat", values=torch.ones_like(ok.values))
+    apart = replace(ok, target="apart")
+
+    rows = measure([ok, other, zero, failed, flat, apart], {})
+
+    found = {(r.target, r.method): (r.status, r.value) for r in rows if r.metric == "agreement"}
+    assert found.pop(("t", "one")) == found.pop(("t", "other")) == ("ok", pytest.approx(1.0))
+    assert {key: status for key, (status, _) in found.items()} == {
+        ("t", "zero"): "empty",
+        ("t", "failed"): "failed",
+        ("t", "flat"): "unsupported",
+    }
 
 
 def test_maps_that_are_none_get_their_status():

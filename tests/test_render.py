@@ -281,6 +281,13 @@ def test_doubtful_maps_are_marked():
     assert contains(render([attribution(cancellation=1e9)]), WARNING)
 
 
+def test_a_map_that_training_left_as_it_was_is_marked():
+    """Above 0.95 it has a frame, whether or not it breaks an axiom too."""
+    assert not contains(render([attribution(untrained_similarity=0.94)]), WARNING)
+    assert contains(render([attribution(untrained_similarity=0.96)]), WARNING)
+    assert contains(render([attribution(untrained_similarity=1.0, cancellation=1e9)]), WARNING)
+
+
 def test_long_names_move_nothing():
     """Names of 40 letters, accents and foreign scripts leave size and tiles as they are."""
     cell = attribution(layer="layer")

@@ -5,27 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lightning_segxai.focus.base import ShiftMetric
 from lightning_segxai.focus.location import magnitude, topmost
+from lightning_segxai.focus.ranks import correlation, ranks
 from lightning_segxai.values import Attribution
-
-
-def _centered_ranks(attribution: Attribution) -> Float[Tensor, " voxels"]:
-    # Ranks need no float64, and narrow types sort faster; only bfloat16 is unknown to numpy.
-    values = attribution.values.detach().flatten()
-    numbers = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
-    order = np.argsort(numbers)
-    ordered = numbers[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    sizes = np.diff(starts, append=ordered.size)
-    ranks = np.empty(ordered.size)
-    ranks[order] = np.repeat(starts + (sizes - ordered.size) / 2, sizes)  # tied ranks averaged
-    return torch.from_numpy(ranks)
 
 
 def _center_mm(attribution: Attribution) -> tuple[float, float, float]:
@@ -61,11 +46,7 @@ class RankCorrelation(ShiftMetric):
     reading = "1: voxels in the same order of importance as then; 0: no relation."
 
     def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
-        now, then = _centered_ranks(attribution), _centered_ranks(reference)
-        size = math.sqrt(float(now @ now)) * math.sqrt(float(then @ then))
-        if size == 0.0:
-            return None
-        return min(1.0, max(-1.0, float(now @ then) / size))
+        return correlation(ranks(attribution.values), ranks(reference.values))
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,28 @@ def test_the_bare_monitor_measures_all_it_promises(tmp_path):
     }
 
 
+@dataclass(frozen=True)
+class Edges(AttributionMethod):
+    """Looks at the image alone, never at the network."""
+
+    def attribute(self, model: ScoredModel, x: Any) -> Any:
+        return x.sum(dim=0).diff(dim=0, append=x.sum(dim=0)[-1:]).abs()
+
+
+def test_a_method_that_does_not_see_the_weights_is_found_out(tmp_path):
+    """Its map stays that of the untrained network; a gradient's does not."""
+    monitor = tiny_monitor(methods={"edges": Edges(), "saliency": Saliency()})
+    fitted(tmp_path, monitor, max_epochs=2)
+
+    rows = records(monitor)
+    alike = {(r.step, r.method): r.value for r in rows if r.metric == "untrained_similarity"}
+    assert {step for step, _ in alike} == {4, 8}
+    assert alike[8, "edges"] == 1.0
+    assert alike[8, "saliency"] < 0.95
+    unmoved = {r.method: r.value for r in rows if r.metric == "unmoved" and r.step == 8}
+    assert unmoved == {"edges": 1.0, "saliency": 0.0}
+
+
 def test_only_every_nth_validation_is_observed(tmp_path):
     """The third, the sixth, and so on; and the untrained network."""
     monitor = tiny_monitor(every_n_validations=3)
