@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -54,27 +56,32 @@ class StructuralSimilarity(ShiftMetric):
     def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
         now, then = _scaled(attribution), _scaled(reference)
         size = [min(self.window, edge) for edge in now.shape]
-        voxels = size[0] * size[1] * size[2]
+        voxels = math.prod(size)
         if voxels < 2:
             return None
-        # around a common center, which variances do not see and small ones are not lost beside
-        center = torch.stack([now.mean(), then.mean()]).view(2, 1, 1, 1)
-        both = torch.stack([now, then]) - center
-        products = torch.stack([both[0] ** 2, both[1] ** 2, both[0] * both[1]])
-        pooled = avg_pool3d(torch.cat([both, products])[:, None], size, self.stride)[:, 0]
-        m_now, m_then = pooled[0], pooled[1]
-        sample = voxels / (voxels - 1)
-        v_now = sample * (pooled[2] - m_now**2)
-        v_then = sample * (pooled[3] - m_then**2)
-        shared = sample * (pooled[4] - m_now * m_then)
         span = float(torch.maximum(now.max(), then.max()) - torch.minimum(now.min(), then.min()))
-        c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
         if span == 0.0:
             return 1.0  # both are the same everywhere, and equal
-        m_now, m_then = m_now + center[0, 0], m_then + center[1, 0]
+        # around their centers, beside which small variances would be lost
+        center_now, center_then = now.mean(), then.mean()
+        now, then = now - center_now, then - center_then
+        means = partial(_means, size=size, stride=self.stride)
+        m_now, m_then = means(now), means(then)
+        sample = voxels / (voxels - 1)
+        v_now = sample * (means(now * now) - m_now**2)
+        v_then = sample * (means(then * then) - m_then**2)
+        shared = sample * (means(now * then) - m_now * m_then)
+        c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+        m_now, m_then = m_now + center_now, m_then + center_then
         alike = (2 * m_now * m_then + c1) * (2 * shared + c2)
         most = (m_now**2 + m_then**2 + c1) * (v_now + v_then + c2)
         return min(1.0, max(-1.0, float((alike / most).mean())))
+
+
+def _means(
+    values: Float[Tensor, "i j k"], size: list[int], stride: int
+) -> Float[Tensor, "windows_i windows_j windows_k"]:
+    return avg_pool3d(values[None], size, stride)[0]
 
 
 def _scaled(attribution: Attribution) -> Float[Tensor, "i j k"]:

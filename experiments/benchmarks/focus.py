@@ -1,0 +1,124 @@
+"""What the metrics cost: one line of JSON for each number.
+
+    taskset -c 0 python experiments/benchmarks/focus.py            # all
+    taskset -c 0 python experiments/benchmarks/focus.py metrics    # some
+
+``metrics``: CPU seconds of all default focus and shift metrics of one map of 128^3, once what is
+kept of the probe is there. ``share``: of an observation as in the demo (its probes, network and
+files, without W&B), the
+share of time that is not spent on explaining.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lightning_segxai import Attribution, Probe, UNet3d, tof_phantom
+from lightning_segxai.chronicle import Chronicle
+from lightning_segxai.defaults import (
+    default_methods,
+    default_metrics,
+    default_shifts,
+    default_targets,
+)
+from lightning_segxai.failures import Failures
+from lightning_segxai.focus.ranks import similarity
+from lightning_segxai.folder import RunFolder
+from lightning_segxai.observe import Questions, observe
+from lightning_segxai.scored import Predictor
+from lightning_segxai.sinks.base import Run
+from lightning_segxai.sinks.files import FileSink
+
+
+def say(what: str, value: float, bound: str, **more: object) -> None:
+    """One number."""
+    print(json.dumps({"what": what, "value": round(value, 4), "bound": bound, **more}), flush=True)
+
+
+def a_probe(edge: int, name: str = "phantom") -> Probe:
+    """A painted phantom with its vessels as the label."""
+    found = tof_phantom(shape=(edge, edge, edge), seed=0)
+    image = torch.as_tensor(found.image).float()
+    label = torch.as_tensor(found.label).long()
+    return Probe(name, image.reshape(1, *label.shape), label, spacing_mm=(0.6, 0.6, 0.6))
+
+
+def metrics() -> None:
+    """All default metrics of one map, and of it against one other."""
+    torch.set_num_threads(1)
+    probe = a_probe(128)
+    label = probe.label
+    assert label is not None
+    maps = [
+        Attribution(
+            probe, "vessel", "m", "", torch.randn(probe.shape), "a.u.", label > 0, label, 1.0
+        )
+        for _ in range(2)
+    ]
+    each: dict[str, float] = {}
+    for _ in range(2):  # the first time, distances and centerlines are made
+        for name, metric in default_metrics().items():
+            begin = time.process_time()
+            metric.measure(maps[0])
+            each[name] = time.process_time() - begin
+    for name, shift in default_shifts().items():
+        begin = time.process_time()
+        shift.measure(maps[0], maps[1])
+        each[name] = time.process_time() - begin
+    begin = time.process_time()
+    similarity(maps[0], maps[1])
+    each["untrained_similarity"] = time.process_time() - begin
+    slowest = dict(sorted(each.items(), key=lambda item: -item[1])[:5])
+    say("metrics of one 128^3 map, CPU seconds", sum(each.values()), "<= 1", slowest=slowest)
+
+
+def share() -> None:
+    """An observation of two probes of 32^3 by the demo's network: what is not explaining."""
+    probes = [a_probe(32, "one"), dataclasses.replace(a_probe(32), name="two")]
+    asked = Questions(default_targets(), default_methods(), default_metrics(), default_shifts())
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    predictor = Predictor(UNet3d(channels=8, levels=3))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run("run", "segxai", RunFolder(Path(folder)), tuple(probes))
+        story = Chronicle.begin(run, [FileSink()], "all", Failures("raise"))
+        for step in range(4):
+            begin = time.perf_counter()
+            seen = observe(
+                predictor,
+                probes,
+                asked,
+                epoch=step,
+                step=step,
+                logging_step=step,
+                run="run",
+                timeline=story.timeline,
+                seed=0,
+                failed=None,
+            )
+            story.write(seen)
+            whole = time.perf_counter() - begin
+            explaining = sum(a.seconds for a in seen.attributions)
+            say(
+                "not explaining, share of an observation",
+                1 - explaining / whole,
+                "<= 0.15",
+                observation=step,
+                seconds=round(whole, 2),
+            )
+        story.close()
+
+
+PARTS: dict[str, Callable[[], None]] = {"metrics": metrics, "share": share}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()
