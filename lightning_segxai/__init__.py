@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _HOMES = {
+    "alerts": ["Alert"],
     "callback": ["AttributionMonitor"],
     "consistency": ["DeformationConsistency"],
     "data.choice": ["Landmark", "ProbeChoice"],

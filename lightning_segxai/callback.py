@@ -17,6 +17,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_segxai.alerts import Alert, check_alerts
 from lightning_segxai.checkpoints import segment
 from lightning_segxai.chronicle import Chronicle
 from lightning_segxai.data.batches import batch_probes
@@ -86,6 +87,8 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         metrics: What is measured of a map, by name. None: all of this package.
         shifts: What is measured between a map and the first, previous and best one, by name. None:
             all of this package.
+        alerts: What is told, in the log and by Weights & Biases, when a number goes beyond a
+            threshold and stays there, by name.
         sinks: Where observations are written besides the run's folder. None: Weights & Biases.
         every_n_validations: Validations from one observation to the next.
         window: Edges of sliding windows in voxels; None takes probes whole.
@@ -112,6 +115,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         methods: dict[str, AttributionMethod] | None = None,
         metrics: dict[str, FocusMetric] | None = None,
         shifts: dict[str, ShiftMetric] | None = None,
+        alerts: dict[str, Alert] | None = None,
         sinks: list[Sink] | None = None,
         every_n_validations: int = 1,
         window: int | tuple[int, int, int] | None = None,
@@ -147,6 +151,13 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         for kind, given in (("probes", probes), ("targets", targets), ("methods", methods)):
             if given is not None and not given:
                 raise ValueError(f"`AttributionMonitor({kind}={given})` needs at least one.")
+        self.alerts = dict(alerts or {})
+        check_alerts(
+            self.alerts,
+            targets=self._asked.targets,
+            methods=self._asked.methods,
+            metrics=self._asked.columns,
+        )
         self.sinks: list[Sink] = [FileSink(), *([WandbSink()] if sinks is None else sinks)]
         self.every_n_validations = every_n_validations
         self.keep = keep
@@ -380,6 +391,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
             kind: {name: repr(value) for name, value in getattr(self.questions, kind).items()}
             for kind in ("targets", "methods", "metrics", "shifts")
         }
+        asked["alerts"] = {name: repr(alert) for name, alert in self.alerts.items()}
         how = {key: getattr(value, "__qualname__", value) for key, value in self._how.items()}
         mine = {**asked, **how, "every_n_validations": self.every_n_validations, "seed": self.seed}
         run = Run(
@@ -390,7 +402,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
             settings=settings(trainer, pl_module, mine, self.cli_config),
             loggers=tuple(trainer.loggers),
         )
-        self._chronicle = Chronicle.begin(run, self.sinks, self.keep, self._failures)
+        self._chronicle = Chronicle.begin(run, self.sinks, self.keep, self._failures, self.alerts)
         splits = getattr(trainer.datamodule, "splits", None)
         if isinstance(splits, list) and all(
             isinstance(row, Mapping) and {"name", "split"} <= row.keys() for row in splits
@@ -443,6 +455,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
 
         self._failures.attempt("the observation", look)
         if self._pending is not None:
+            self._pending = story.watched(self._pending)
             self._scalars |= means(self.name, self._pending.records)
 
     def _write(self, story: Chronicle) -> None:

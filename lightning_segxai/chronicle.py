@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from lightning_segxai.alerts import Alert, watch
 from lightning_segxai.failures import Failures
 from lightning_segxai.observe import mean_dice
 from lightning_segxai.sinks.base import Observation, Run, Sink
@@ -23,6 +24,7 @@ class Chronicle:
         sinks: Where observations are written.
         timeline: The earlier maps.
         failures: What becomes of a sink's failure.
+        alerts: What to watch in the numbers, by name.
         last_step: Global step of the last observation; -1 before the first.
     """
 
@@ -30,6 +32,7 @@ class Chronicle:
     sinks: Sequence[Sink]
     timeline: Timeline
     failures: Failures
+    alerts: Mapping[str, Alert] = field(default_factory=dict)
     last_step: int = -1
 
     @classmethod
@@ -39,13 +42,14 @@ class Chronicle:
         sinks: Sequence[Sink],
         keep: Literal["all", "last"] | int,
         failures: Failures,
+        alerts: Mapping[str, Alert],
     ) -> Chronicle:
         """Open the sinks.
 
         Raises:
             ValueError: if the folder holds another run's probes.
         """
-        own = cls(run, sinks, Timeline(run.folder, keep), failures)
+        own = cls(run, sinks, Timeline(run.folder, keep), failures, alerts)
         for sink in sinks:
             failures.attempt(type(sink).__name__, partial(sink.open, run), let_out=(ValueError,))
         return own
@@ -69,13 +73,29 @@ class Chronicle:
             self.timeline.advance_maps([p for p in paths if p.exists()], mean_dice(rows))
             self.last_step = at
 
+    def watched(self, seen: Observation) -> Observation:
+        """The observation, with what the alerts say of it and of those before it."""
+        said = seen
+
+        def look() -> None:
+            nonlocal said
+            before = [r for r in self.run.folder.read_records() if r.step < seen.step]
+            rows, raised = watch(self.alerts, before, seen.records)
+            said = replace(seen, records=(*seen.records, *rows), alerts=tuple(raised))
+
+        if self.alerts:
+            self.failures.attempt("the alerts", look)
+        return said
+
     def write(self, seen: Observation) -> None:
-        """Hand an observation to the sinks, then its maps to the timeline."""
+        """Hand an observation to the sinks, then its maps to the timeline; tell its alerts."""
         for sink in self.sinks:
             self.failures.attempt(type(sink).__name__, partial(sink.write, self.run, seen))
         advance = partial(self.timeline.advance, seen.attributions, mean_dice(seen.records))
         self.failures.attempt("timeline", advance)
         self.last_step = seen.step
+        for alert in seen.alerts:
+            warnings.warn(f"{self.run.monitor} {alert}", stacklevel=2)
 
     def write_splits(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Keep who trained and who validated; of a resumed run, what it was split into at first."""

@@ -1,4 +1,4 @@
-"""The command line: ``segxai fit|validate|test|demo|data|layers|explain``."""
+"""The command line: ``segxai fit|validate|test|demo|data|layers|metrics|explain``."""
 
 from __future__ import annotations
 
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--channels", type=int, default=1, help="of the image")
     layers.set_defaults(run=_layers)
 
+    metrics = commands.add_parser("metrics", help="every metric with unit, range and reading help")
+    metrics.set_defaults(run=_metrics)
+
     explain = commands.add_parser("explain", help="explain a trained network on a volume")
     _add_config(explain)
     explain.add_argument("--ckpt", required=True, metavar="F", help="checkpoint of the training")
@@ -110,6 +113,13 @@ def _layers(chosen: argparse.Namespace) -> None:
 
     parts = configured(chosen.config, chosen.settings)
     show_layers(parts.model, parts.datamodule, parts.segxai, chosen.shape, chosen.channels)
+
+
+def _metrics(chosen: argparse.Namespace) -> None:
+    import lightning_segxai
+    from lightning_segxai.catalogue import show_catalogue
+
+    show_catalogue(getattr(lightning_segxai, name) for name in lightning_segxai.__all__)
 
 
 def _explain(chosen: argparse.Namespace) -> None:

@@ -21,6 +21,18 @@ from lightning_segxai.targets import Target
 from lightning_segxai.trajectories import Trajectory
 from lightning_segxai.values import Attribution, Probe, Record, Status, as_shape
 
+OF_PROBE = ("dice",)
+OF_TARGET = ("region_voxels",)
+OF_MAP = (
+    "completeness_error",
+    "cancellation",
+    "doubtful",
+    "untrained_similarity",
+    "unmoved",
+    "agreement",
+)
+"""What `measure` says without being asked: of a probe, of a target in it, of a map."""
+
 
 def examine(
     net: nn.Module,

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from PIL import Image
 
-from lightning_segxai.examine import measure, measure_shifts, record, unseen
+from lightning_segxai.alerts import NumberOf
+from lightning_segxai.examine import (
+    OF_MAP,
+    OF_PROBE,
+    OF_TARGET,
+    measure,
+    measure_shifts,
+    record,
+    unseen,
+)
 from lightning_segxai.explain import Failure, explain
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.focus.ranks import similarity
@@ -20,6 +30,8 @@ from lightning_segxai.targets import Target
 from lightning_segxai.timeline import Reference, Timeline
 from lightning_segxai.values import Attribution, Probe, Record
 
+_EARLIER: tuple[Reference, ...] = get_args(Reference)
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -29,6 +41,14 @@ class Questions:
     methods: Mapping[str, AttributionMethod]
     metrics: Mapping[str, FocusMetric]
     shifts: Mapping[str, ShiftMetric]
+
+    @property
+    def columns(self) -> dict[str, NumberOf]:
+        """All names that the metric column may hold, and what each is a number of."""
+        moved = [f"{name}/{which}" for name in (*self.shifts, "same_region") for which in _EARLIER]
+        of_map: dict[str, NumberOf] = dict.fromkeys((*self.metrics, *moved, *OF_MAP), "map")
+        of_target: dict[str, NumberOf] = dict.fromkeys(OF_TARGET, "target")
+        return of_map | of_target | dict.fromkeys(OF_PROBE, "probe")
 
     def without(self, methods: Collection[str], metrics: Collection[str]) -> Questions:
         """The same, but for some methods and some metrics."""

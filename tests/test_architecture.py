@@ -29,14 +29,14 @@ ORDER: tuple[tuple[frozenset[str], ...], ...] = tuple(
         "faithfulness",
         "explain",
         "examine",
-        "folder",
+        "folder | alerts",
         "render panels contact_sheet marks lettering colors | timeline",
         "sinks",
         "observe | failures",
         "defaults | trainer_run | checkpoints",
         "chronicle",
         "callback",
-        "posthoc | demo | inspection",
+        "posthoc | demo | inspection | catalogue",
         "cli",
     )
 )

@@ -166,6 +166,16 @@ def test_layers_are_listed_with_their_shapes(trained, capsys):
     assert "16 x 16 x 16" in table
 
 
+def test_metrics_are_listed_and_take_no_settings(capsys):
+    """With the groups that they belong to; `--config` is another command's."""
+    cli.main(["metrics"])
+
+    assert "focus: where one map lies" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["metrics", "--config", "x.yaml"])
+    assert stop.value.code == 2
+
+
 def test_data_are_looked_at_before_a_training(tmp_path, capsys):
     """A table and two pictures; the status is 0, but 2 where a subject cannot be used."""
     config, out = configuration(tmp_path), tmp_path / "look"

@@ -33,6 +33,7 @@ class WandbRun:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     artifacts: list[wandb_internal_pb2.ArtifactRecord] = field(default_factory=list)
+    alerts: list[wandb_internal_pb2.AlertRecord] = field(default_factory=list)
     finished: bool = False
 
     def file(self, media: dict[str, Any]) -> Path:
@@ -75,6 +76,8 @@ def _parse(log: Path) -> WandbRun:
             run.summary.update(_items(record.summary.update))
         elif kind == "artifact":
             run.artifacts.append(record.artifact)
+        elif kind == "alert":
+            run.alerts.append(record.alert)
         elif kind == "exit":
             run.finished = True
     return run

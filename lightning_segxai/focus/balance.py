@@ -21,7 +21,7 @@ class TotalMass(FocusMetric):
         saliency maps", NeurIPS 2018, arXiv:1810.03292.
     """
 
-    unit = "map's"
+    unit = "a.u."
     range = (0.0, float("inf"))
     higher_is_better = None
     reading = "How much attribution there is in all; compare epochs of one method only."

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
+from lightning_segxai.alerts import Raised
 from lightning_segxai.folder import RunFolder
 from lightning_segxai.values import Attribution, Probe, Record
 
@@ -50,6 +51,7 @@ class Observation:
         records: The numbers.
         predictions: Class of each voxel, by probe name.
         panels: One montage for each probe, by probe name.
+        alerts: Those that have just become raised.
     """
 
     epoch: int
@@ -59,6 +61,7 @@ class Observation:
     records: tuple[Record, ...]
     predictions: Mapping[str, Int[Tensor, "i j k"]]
     panels: Mapping[str, Image.Image]
+    alerts: tuple[Raised, ...] = ()
 
 
 class Sink(ABC):

@@ -81,5 +81,5 @@ def _versions() -> dict[str, str]:
 
 def _png(picture: Image.Image) -> bytes:
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    picture.save(content, "PNG", compress_level=4)  # half the time of 6, for 6 % more bytes
     return content.getvalue()

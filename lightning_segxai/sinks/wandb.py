@@ -17,6 +17,8 @@ TABLE_ROWS = 10_000
 """W&B cuts longer tables in the run's file, at their new end."""
 FILES_PER_RUN = 900
 """W&B asks for fewer than 1,000 files; some are its own."""
+TITLE = 63
+"""Characters that the title of a W&B alert may have."""
 
 _KEYS = ("epoch", "step", "probe", "target", "method")
 
@@ -36,7 +38,8 @@ class WandbSink(Sink):
 
     The config gets ``segxai`` (settings, and the probes' fingerprints), the summary the last value
     of each metric, and at the end the run's folder becomes the artifact ``segxai-<run id>`` of type
-    ``attributions``. Without a ``WandbLogger`` the sink does nothing.
+    ``attributions``. An alert that becomes raised is sent as a W&B alert, which mails or
+    posts it to whoever asked for that. Without a ``WandbLogger`` the sink does nothing.
 
     A run of many validations would exceed the 1,000 files that W&B bears. So the first 450 files'
     worth of validations shows every picture and table, the next as many validations every second,
@@ -60,10 +63,19 @@ class WandbSink(Sink):
             experiment.config.update({run.monitor: content}, allow_val_change=True)
 
     def write(self, run: Run, observation: Observation) -> None:
-        """Log one validation as one row of the history."""
+        """Log one validation as one row of the history, then send its alerts."""
         for logger, _ in _live(run.loggers):
             # media belong to the run that logged them first, so each logger gets its own
             logger.log_metrics(self._row(run, observation), step=observation.logging_step)
+        for _, experiment in _live(run.loggers):
+            for alert in observation.alerts:
+                # W&B drops alerts of one title within a minute, but two cells may share a cut one
+                experiment.alert(
+                    title=f"{alert.name}: {alert.subject}"[:TITLE],
+                    text=f"{run.monitor} {alert}",
+                    level="WARN",
+                    wait_duration=0.001,
+                )
 
     def close(self, run: Run) -> None:
         """Put the final values into the summary and the folder into an artifact."""
