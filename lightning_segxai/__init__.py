@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _HOMES = {
+    "assess": ["assess"],
     "callback": ["AttributionMonitor"],
     "consistency": ["DeformationConsistency"],
     "data.choice": ["Landmark", "ProbeChoice"],
@@ -31,6 +32,10 @@ _HOMES = {
     "data.subjects": ["PhantomCohort"],
     "deformations": ["SplineDeformation"],
     "examine": ["examine", "measure"],
+    "faithfulness.base": ["FaithfulnessMetric"],
+    "faithfulness.correlation": ["FaithfulnessCorrelation"],
+    "faithfulness.deletion": ["Deletion", "Insertion"],
+    "faithfulness.random_map": ["RandomBaseline"],
     "focus.anatomy": ["MassAtCaliber", "MassAtDistance", "MiddleShare", "ReachQuantile"],
     "focus.balance": ["SignBalance", "TotalMass"],
     "focus.base": ["FocusMetric", "ShiftMetric"],

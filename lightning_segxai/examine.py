@@ -18,7 +18,7 @@ from lightning_segxai.rules.interception import Rule
 from lightning_segxai.scored import Outputs, Predictor
 from lightning_segxai.targets import Target
 from lightning_segxai.trajectories import Trajectory
-from lightning_segxai.values import Attribution, Probe, Record, Status, as_shape
+from lightning_segxai.values import Attribution, Probe, Record, Status, UnsupportedError, as_shape
 
 
 def examine(
@@ -133,7 +133,7 @@ def measure(
             if value is not None
         ]
         rows += [
-            _measured(run, (attribution,), name, metric.unit, metric.measure, failed)
+            measured(run, (attribution,), name, metric.unit, metric.measure, failed)
             for name, metric in metrics.items()
         ]
     return rows
@@ -160,7 +160,7 @@ def measure_shifts(
         One record for each metric and reference, named ``metric/reference``.
     """
     return [
-        _measured(
+        measured(
             run,
             (attribution, reference),
             f"{name}/{which}",
@@ -173,7 +173,7 @@ def measure_shifts(
     ]
 
 
-def _measured(
+def measured(
     run: str,
     maps: tuple[Attribution, ...],
     name: str,
@@ -181,6 +181,7 @@ def _measured(
     metric: Callable[..., float | None],
     failed: Failure | None,
 ) -> Record:
+    """The record of a metric of one map, or of two; why there is no number, where there is none."""
     attribution = maps[0]
     for one in maps:
         if one.status != "ok":
@@ -189,6 +190,8 @@ def _measured(
             return record(run, attribution, name, unit, math.nan, "empty")
     try:
         value = metric(*maps)
+    except UnsupportedError:
+        return record(run, attribution, name, unit, math.nan, "unsupported")
     except Exception as error:  # a metric is anybody's code
         if failed is None:
             raise

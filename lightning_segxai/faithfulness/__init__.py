@@ -1,4 +1,4 @@
-"""Whether a map is faithful: what the network does when voxels are taken away as the map ranks them."""
+"""Whether a map is faithful: what the network does when voxels go that the map calls important."""
 
 from __future__ import annotations
 

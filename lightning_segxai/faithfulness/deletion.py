@@ -1,4 +1,4 @@
-"""What is left of the score when the voxels that a map ranks first are taken away, or come alone."""
+"""What is left of the score when the voxels that a map ranks first go, or when they come alone."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ class Sweep(FaithfulnessMetric):
     def sigma_mm(self) -> float:
         """Standard deviation of the blur in millimeters."""
 
+    @property
     @abstractmethod
-    def kept(self, first: Map) -> Map:
-        """How much of each voxel is there, where ``first`` is its membership in the first ones."""
+    def deletes(self) -> bool:
+        """Whether the first voxels are hidden, or come to what is hidden."""
 
     @property
     def unit(self) -> str:
@@ -105,8 +106,8 @@ class Sweep(FaithfulnessMetric):
         voxels = attribution.values.numel()
 
         def look(points: list[int]) -> Tensor:
-            firsts = [ranking.top(n * voxels / self.steps) for n in points]
-            return follow(torch.stack([self.kept(first) for first in firsts])).double()
+            first = torch.stack([ranking.top(n * voxels / self.steps) for n in points])
+            return follow(1 - first if self.deletes else first).double()
 
         points = range(self.steps + 1)
         pieces = in_pieces(points, veil.per_pass("auto"), look)
@@ -133,8 +134,7 @@ class Sweep(FaithfulnessMetric):
 
     def _normalized(self, scores: Curve) -> Curve | None:
         """From the baseline's score to the volume's, wherever the sweep begins."""
-        begins_whole = bool(self.kept(torch.zeros(1, 1, 1)).all())
-        whole, bare = (scores[0], scores[-1]) if begins_whole else (scores[-1], scores[0])
+        whole, bare = scores[[0, -1] if self.deletes else [-1, 0]]
         span = whole - bare
         if abs(float(span)) <= 1e-6 * max(1.0, abs(float(whole))):
             return None
@@ -177,15 +177,12 @@ class Deletion(Sweep):
     by: Yardstick = "score"
     sigma_mm: float = 5.0
 
+    deletes = True
     higher_is_better = False
     reading = "Lower: without the voxels ranked first, the network sees less; compare with random."
 
     def __post_init__(self) -> None:
         self.check()
-
-    def kept(self, first: Map) -> Map:
-        """All but the first."""
-        return 1 - first
 
 
 @dataclass(frozen=True)
@@ -219,15 +216,12 @@ class Insertion(Sweep):
     by: Yardstick = "score"
     sigma_mm: float = 5.0
 
+    deletes = False
     higher_is_better = True
     reading = "Higher: the voxels ranked first are enough for the network; compare with random."
 
     def __post_init__(self) -> None:
         self.check()
-
-    def kept(self, first: Map) -> Map:
-        """The first."""
-        return first
 
 
 def _overlap(veil: Veil, attribution: Attribution) -> Callable[[Tensor], Tensor] | None:
