@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
@@ -117,16 +117,12 @@ class _Aims:
     probe: Probe
     targets: Mapping[str, Target]
     seed: int
+    models: dict[str, ScoredModel] = field(default_factory=dict)
 
     @cached_property
     def logits(self) -> Logits:
         """What the targets are fixed on."""
         return self.predictor.predict(self.probe.image.detach().to(self.predictor.device))
-
-    @cached_property
-    def models(self) -> dict[str, ScoredModel]:
-        """Those that were asked for."""
-        return {}
 
     def held_to(self, metric: FaithfulnessMetric) -> Callable[[Attribution], float | None]:
         """The metric as a function of the map alone."""
