@@ -63,3 +63,12 @@ def veiled(model: ScoredModel, baseline: Blank, sigma_mm: float) -> Veil:
     """The probe's volume where the network is, with a baseline behind it."""
     x = model.probe.image.detach().to(model.predictor.device)
     return Veil.of(model, x, baseline, sigma_mm)
+
+
+def together(model: ScoredModel) -> int:
+    """How many perturbed volumes are made and scored at once.
+
+    As many as fill a pass with their windows: more would be held, and go through no faster.
+    """
+    places = model.windows.places
+    return max(1, model.predictor.batch(places[0]) // len(places))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank
-from lightning_segxai.faithfulness.base import FaithfulnessMetric, veiled
+from lightning_segxai.faithfulness.base import FaithfulnessMetric, together, veiled
 from lightning_segxai.methods.hiding import check_counts
 from lightning_segxai.scored import Passes, ScoredModel, in_pieces
 from lightning_segxai.values import Attribution, Mask, Shape
@@ -63,7 +63,7 @@ class FaithfulnessCorrelation(FaithfulnessMetric):
         check_counts(self, block=self.block)
         if self.samples < 2:
             raise ValueError(
-                f"`FaithfulnessCorrelation(samples={self.samples})` must be 2 or more."
+                f"`FaithfulnessCorrelation(samples={self.samples})` must be at least 2."
             )
         if not 0 < self.share < 1:
             raise ValueError(
@@ -81,7 +81,7 @@ class FaithfulnessCorrelation(FaithfulnessMetric):
         whole = look([torch.zeros(values.shape, dtype=torch.bool)])[0]
         sums: list[Tensor] = []
         effects: list[Tensor] = []
-        for parts, scores in in_pieces(self.parts(model), veil.per_pass("auto"), look):
+        for parts, scores in in_pieces(self.parts(model), together(model), look):
             sums += [values[part].sum() for part in parts]
             effects += list(whole - scores)
         said, done = torch.stack(sums), torch.stack(effects)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank
-from lightning_segxai.faithfulness.base import FaithfulnessMetric, veiled
+from lightning_segxai.faithfulness.base import FaithfulnessMetric, together, veiled
 from lightning_segxai.methods.hiding import Veil, check_counts
 from lightning_segxai.scored import Passes, ScoredModel, in_pieces
 from lightning_segxai.values import Attribution, Map, Shape
@@ -110,7 +110,7 @@ class Sweep(FaithfulnessMetric):
             return follow(1 - first if self.deletes else first).double()
 
         points = range(self.steps + 1)
-        pieces = in_pieces(points, veil.per_pass("auto"), look)
+        pieces = in_pieces(points, together(model), look)
         found = torch.cat([followed for _, followed in pieces]).cpu()
         return found if self.by == "dice" else self._normalized(found)
 

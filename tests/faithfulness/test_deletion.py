@@ -24,6 +24,7 @@ from hypothesis.extra import numpy as hnp
 from nets_for_tests import Counting, Weigh, a_probe, blended, layered, seeded
 from torch import nn
 
+from lightning_segxai.faithfulness.base import together
 from lightning_segxai.faithfulness.deletion import Deletion, Insertion, Ranking
 from lightning_segxai.targets import ClassEvidence, ClassMargin
 
@@ -264,6 +265,17 @@ def test_the_batch_does_not_count(kind, looks_per_pass):
         assert kind(by=by).assess(model, mapped) == pytest.approx(
             kind(by=by).assess(alone, mapped), abs=1e-10
         )
+
+
+@pytest.mark.parametrize(
+    ("window", "looks_per_pass", "volumes"),
+    [(None, 5, 5), (4, 16, 2), (4, 3, 1), (None, "auto", 8)],
+)
+def test_no_more_volumes_are_made_than_fill_a_pass(window, looks_per_pass, volumes):
+    """Eight windows of a half each without overlap."""
+    window = None if window is None else (window,) * 3
+    settings = {"window": window, "overlap": 0.0, "looks_per_pass": looks_per_pass}
+    assert together(model_of(layered(), a_probe(), **settings)) == volumes
 
 
 @pytest.mark.parametrize("by", ["score", "dice"])
