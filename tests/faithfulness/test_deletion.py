@@ -272,7 +272,7 @@ def test_the_batch_does_not_count(kind, looks_per_pass):
     [(None, 5, 5), (4, 16, 2), (4, 3, 1), (None, "auto", 8)],
 )
 def test_no_more_volumes_are_made_than_fill_a_pass(window, looks_per_pass, volumes):
-    """Eight windows of a half each without overlap."""
+    """Eight windows of half an edge cover the volume, without overlap."""
     window = None if window is None else (window,) * 3
     settings = {"window": window, "overlap": 0.0, "looks_per_pass": looks_per_pass}
     assert together(model_of(layered(), a_probe(), **settings)) == volumes
