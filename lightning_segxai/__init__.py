@@ -13,6 +13,7 @@ from typing import Any
 
 _HOMES = {
     "alerts": ["Alert"],
+    "assess": ["assess"],
     "callback": ["AttributionMonitor"],
     "consistency": ["DeformationConsistency"],
     "data.choice": ["Landmark", "ProbeChoice"],
@@ -32,6 +33,10 @@ _HOMES = {
     "data.subjects": ["PhantomCohort"],
     "deformations": ["SplineDeformation"],
     "examine": ["examine", "measure"],
+    "faithfulness.base": ["FaithfulnessMetric"],
+    "faithfulness.correlation": ["FaithfulnessCorrelation"],
+    "faithfulness.deletion": ["Deletion", "Insertion"],
+    "faithfulness.random_map": ["RandomBaseline"],
     "focus.anatomy": ["MassAtCaliber", "MassAtDistance", "MiddleShare", "ReachQuantile"],
     "focus.balance": ["SignBalance", "TotalMass"],
     "focus.base": ["FocusMetric", "ShiftMetric"],

@@ -16,12 +16,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_segxai.faithfulness.base import FaithfulnessMetric
+from lightning_segxai.faithfulness.deletion import Deletion
+from lightning_segxai.faithfulness.random_map import RandomBaseline
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 
 # A new kind of metric gets its line here.
-KINDS: tuple[tuple[type[FocusMetric] | type[ShiftMetric], str], ...] = (
+KINDS: tuple[tuple[type, str], ...] = (
     (FocusMetric, "focus: where one map lies"),
     (ShiftMetric, "shift: how far it moved from the first, previous and best map"),
+    (FaithfulnessMetric, "faithfulness: whether the network does what the map says (assess)"),
 )
 ALWAYS = "of every observation: recorded where it can be, without being asked"
 _SETTING = 24  # characters of a default, at most
@@ -160,15 +164,23 @@ def catalogue(exported: Iterable[object]) -> list[Entry]:
             kind,
             thing.__name__,
             tuple(_setting(f) for f in fields(thing)) if is_dataclass(thing) else (),
-            thing.unit,
-            thing.range,
-            thing.higher_is_better,
-            thing.reading,
+            example(thing).unit,
+            example(thing).range,
+            example(thing).higher_is_better,
+            example(thing).reading,
         )
         for base, kind in KINDS
         for thing in things
         if isinstance(thing, type) and issubclass(thing, base) and not inspect.isabstract(thing)
     ] + [Entry(ALWAYS, name, (), *told) for name, *told in _ALWAYS]
+
+
+def example(metric: type[Any]) -> Any:
+    """A metric of the class to ask, as some answer by their settings; else the class."""
+    if metric is RandomBaseline:
+        return RandomBaseline(Deletion())
+    asks = any(f.default is MISSING and f.default_factory is MISSING for f in fields(metric))
+    return metric if asks else metric()
 
 
 def _setting(field: Field[Any]) -> str:

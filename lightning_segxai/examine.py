@@ -19,7 +19,7 @@ from lightning_segxai.rules.interception import Rule
 from lightning_segxai.scored import Outputs, Predictor
 from lightning_segxai.targets import Target
 from lightning_segxai.trajectories import Trajectory
-from lightning_segxai.values import Attribution, Probe, Record, Status, as_shape
+from lightning_segxai.values import Attribution, Probe, Record, Status, UnsupportedError, as_shape
 
 OF_PROBE = ("dice",)
 OF_TARGET = ("region_voxels",)
@@ -151,7 +151,7 @@ def measure(
             if value is not None
         ]
         rows += [
-            _measured(run, (attribution,), name, metric.unit, metric.measure, failed)
+            measured(run, (attribution,), name, metric.unit, metric.measure, failed)
             for name, metric in metrics.items()
         ]
     return rows + _agreements(attributions, run)
@@ -211,7 +211,7 @@ def measure_shifts(
     for which, reference in references.items():
         same = known.get(id(reference.values))
         own = [
-            _measured(
+            measured(
                 run,
                 (attribution, reference),
                 f"{name}/{which}",
@@ -228,7 +228,7 @@ def measure_shifts(
     return rows
 
 
-def _measured(
+def measured(
     run: str,
     maps: tuple[Attribution, ...],
     name: str,
@@ -236,6 +236,7 @@ def _measured(
     metric: Callable[..., float | None],
     failed: Failure | None,
 ) -> Record:
+    """The record of a metric of one map, or of two; why there is no number, where there is none."""
     attribution = maps[0]
     for one in maps:
         why = _unmeasurable(one)
@@ -243,6 +244,8 @@ def _measured(
             return record(run, attribution, name, unit, math.nan, why)
     try:
         value = metric(*maps)
+    except UnsupportedError:
+        return record(run, attribution, name, unit, math.nan, "unsupported")
     except Exception as error:  # a metric is anybody's code
         if failed is None:
             raise

@@ -148,20 +148,26 @@ class Predictor:
             return logits
         return torch.cat([logits[:1], logits[1:] - odds])
 
-    @torch.no_grad()
     def predict(self, x: Volume) -> Logits:
         """Blended logits of a whole volume."""
-        windows = self.windows(x.shape[1:])
+        return self.predict_each(x[None])[0]
+
+    @torch.no_grad()
+    def predict_each(self, x: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b classes i j k"]:
+        """Blended logits of each volume of a batch."""
+        windows = self.windows(x.shape[2:])
+        work = [(n, place) for n in range(len(x)) for place in windows.places]
         blended: Tensor | None = None
 
-        def look(batch: list[Place]) -> Tensor:
-            return self.window_logits(torch.stack([x[(slice(None), *p)] for p in batch]))
+        def look(batch: list[tuple[int, Place]]) -> Tensor:
+            return self.window_logits(torch.stack([x[(n, slice(None), *p)] for n, p in batch]))
 
-        for batch, logits in in_pieces(windows.places, self.batch(windows.places[0]), look):
+        for batch, logits in in_pieces(work, self.batch(windows.places[0]), look):
             if blended is None:
-                blended = logits.new_zeros((logits.shape[1], *x.shape[1:]))
-            for place, part in zip(batch, logits, strict=True):
-                blended[(slice(None), *place)] += part * windows.share(place, x.dtype).to(x.device)
+                blended = logits.new_zeros((len(x), logits.shape[1], *x.shape[2:]))
+            for (n, place), part in zip(batch, logits, strict=True):
+                share = windows.share(place, x.dtype).to(x.device)
+                blended[(n, slice(None), *place)] += part * share
         assert blended is not None  # a volume has at least one window
         return blended
 

@@ -29,6 +29,7 @@ ORDER: tuple[tuple[frozenset[str], ...], ...] = tuple(
         "faithfulness",
         "explain",
         "examine",
+        "assess",
         "folder | alerts",
         "render panels contact_sheet marks lettering colors | timeline",
         "sinks",

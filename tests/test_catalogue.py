@@ -14,7 +14,8 @@ import torch
 
 import lightning_segxai
 from lightning_segxai import cli
-from lightning_segxai.catalogue import ALWAYS, KINDS, Entry, catalogue
+from lightning_segxai.catalogue import ALWAYS, KINDS, Entry, catalogue, example
+from lightning_segxai.faithfulness.base import FaithfulnessMetric
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.focus.location import MassInside
 from lightning_segxai.folder import RunFolder
@@ -27,12 +28,11 @@ from lightning_segxai.timeline import Timeline
 from lightning_segxai.values import Probe
 
 EXPORTED = [getattr(lightning_segxai, name) for name in lightning_segxai.__all__]
+ABSTRACT = (FocusMetric, ShiftMetric, FaithfulnessMetric)
 METRICS = [
     thing
     for thing in EXPORTED
-    if isinstance(thing, type)
-    and issubclass(thing, (FocusMetric, ShiftMetric))
-    and thing not in (FocusMetric, ShiftMetric)
+    if isinstance(thing, type) and issubclass(thing, ABSTRACT) and thing not in ABSTRACT
 ]
 
 
@@ -64,8 +64,9 @@ def test_every_metric_has_an_entry_with_all_fields(metric):
     [found] = [e for e in catalogue(EXPORTED) if e.name == metric.__name__]
 
     assert issubclass(metric, {kind: base for base, kind in KINDS}[found.kind])
-    assert (found.unit, found.range, found.reading) == (metric.unit, metric.range, metric.reading)
-    assert found.higher_is_better is metric.higher_is_better
+    one = example(metric)
+    assert (found.unit, found.range, found.reading) == (one.unit, one.range, one.reading)
+    assert found.higher_is_better is one.higher_is_better
     assert found.unit
     assert re.fullmatch(r"any|-?[\d.]+ (to -?[\d.]+|or more|or less)", found.range_text)
     assert found.better in ("higher", "lower", "-")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank
@@ -38,10 +38,14 @@ class Veil:
         return cls(model, x, recipe.make(x, model.probe.spacing_mm, model.generator()))
 
     @torch.no_grad()
-    def score(self, kept: Float[Tensor, "b i j k"]) -> Float[Tensor, " b"]:
+    def score(self, kept: Shaped[Tensor, "b i j k"]) -> Float[Tensor, " b"]:
         """The score of the volume under masks: 1 keeps a voxel, 0 hides it, in all channels."""
+        return self.model(self.shown(kept))
+
+    def shown(self, kept: Shaped[Tensor, "b i j k"]) -> Float[Tensor, "b c i j k"]:
+        """The volume under each of the masks."""
         kept = kept[:, None].to(self.x.dtype)
-        return self.model(kept * self.x + (1 - kept) * self.behind)
+        return kept * self.x + (1 - kept) * self.behind
 
     def per_pass(self, wanted: PerPass) -> int:
         """How many volumes go together; ``auto`` as many as windows would."""
