@@ -89,7 +89,7 @@ def share() -> None:
     predictor = Predictor(UNet3d(channels=8, levels=3))
     with tempfile.TemporaryDirectory() as folder:
         run = Run("run", "segxai", RunFolder(Path(folder)), tuple(probes))
-        story = Chronicle.begin(run, [FileSink()], "all", Failures("raise"))
+        story = Chronicle.begin(run, [FileSink()], "all", Failures("raise"), {})
         for step in range(4):
             begin = time.perf_counter()
             seen = observe(
