@@ -164,14 +164,15 @@ def catalogue(exported: Iterable[object]) -> list[Entry]:
             kind,
             thing.__name__,
             tuple(_setting(f) for f in fields(thing)) if is_dataclass(thing) else (),
-            example(thing).unit,
-            example(thing).range,
-            example(thing).higher_is_better,
-            example(thing).reading,
+            one.unit,
+            one.range,
+            one.higher_is_better,
+            one.reading,
         )
         for base, kind in KINDS
         for thing in things
         if isinstance(thing, type) and issubclass(thing, base) and not inspect.isabstract(thing)
+        for one in [example(thing)]
     ] + [Entry(ALWAYS, name, (), *told) for name, *told in _ALWAYS]
 
 

@@ -234,9 +234,9 @@ def _overlap(veil: Veil, attribution: Attribution) -> Callable[[Tensor], Tensor]
 
     def follow(kept: Float[Tensor, "b i j k"]) -> Float[Tensor, " b"]:
         logits = model.predictor.predict_each(veil.shown(kept)).double()
-        # softmax over a background of zeros is the sigmoid of a single channel
-        alone = model.predictor.outputs == "sigmoid"
-        probabilities = logits.sigmoid() if alone else logits.softmax(dim=1)
+        # of a single channel too: softmax over a background of zeros is its sigmoid
+        independent = model.predictor.outputs == "sigmoid"
+        probabilities = logits.sigmoid() if independent else logits.softmax(dim=1)
         return soft_dice(probabilities, prediction, classes)
 
     return follow

@@ -17,8 +17,8 @@ class TotalMass(FocusMetric):
     next to nothing. Compare it over epochs of one method, not between methods.
 
     References:
-        Terzieva et al. follow it over a training; see also Adebayo et al., "Sanity checks for
-        saliency maps", NeurIPS 2018, arXiv:1810.03292.
+        Terzieva et al., ECML PKDD 2023, doi:10.1007/978-3-031-74627-7_29, who follow it, and the
+        entropy, over a training.
     """
 
     unit = "a.u."

@@ -42,21 +42,6 @@ def without_pictures(monkeypatch):
     quick_pictures(monkeypatch)
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """W&B without a network or a trace outside of the test's folder."""
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        folder = tmp_path / name.lower()
-        folder.mkdir()
-        monkeypatch.setenv(name, str(folder))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    yield tmp_path
-    import wandb
-
-    wandb.teardown()
-
-
 def fitted(root: Path, monitor: Any, epochs: int = 3, ckpt: Any = None, **changes: Any) -> Any:
     """The trainer after a fit, and what our alerts said in the log."""
     with warnings.catch_warnings(record=True) as caught:

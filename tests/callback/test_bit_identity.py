@@ -202,21 +202,6 @@ def test_these_tests_would_see_a_disturbance(kind, tmp_path, monkeypatch):
     assert any(place.startswith("/logged") for place in found)
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """W&B without a network or a trace outside of the test's folder."""
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        folder = tmp_path / name.lower()
-        folder.mkdir()
-        monkeypatch.setenv(name, str(folder))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    yield tmp_path
-    import wandb
-
-    wandb.teardown()
-
-
 def shrunk_experiment(root: Path, observed: bool) -> tuple[Any, dict[str, Any]]:
     """The phantom experiment with its own settings, on smaller heads and a smaller network."""
     import wandb

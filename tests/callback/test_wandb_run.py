@@ -25,21 +25,6 @@ from lightning_segxai import WandbSink
 pytestmark = pytest.mark.filterwarnings("ignore:.*costs .*", "ignore:.*LeafSpec")
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """W&B without a network or a trace outside of the test's folder."""
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        folder = tmp_path / name.lower()
-        folder.mkdir()
-        monkeypatch.setenv(name, str(folder))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    yield tmp_path
-    import wandb
-
-    wandb.teardown()
-
-
 def fitted(root: Any, epochs: int, ckpt: Any = None, **changes: Any) -> Any:
     """A monitor after a fit logged to W&B."""
     import wandb

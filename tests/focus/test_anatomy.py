@@ -87,6 +87,16 @@ def test_a_voxels_caliber_is_that_of_a_nearest_voxel_of_the_centerline(mask):
         assert min(abs(float(found[v]) - radius[n]) for n in nearest) < 1e-5
 
 
+def test_without_a_centerline_the_caliber_is_the_largest_depth():
+    """Thinning leaves nothing of a straight piece of two by two voxels."""
+    mask = torch.zeros(8, 8, 12, dtype=torch.bool)
+    mask[3:5, 3:5, 2:10] = True
+    assert not len(centerline(mask, SPACING).ijk)
+
+    assert caliber_mm(mask, SPACING).unique().tolist() == [0.5]
+    assert MiddleShare().measure(attribution_of(torch.ones(mask.shape), mask, SPACING)) is None
+
+
 @settings(max_examples=15)
 @given(values=coarse_maps, mask=masks, share=st.floats(0.01, 1.0))
 def test_the_numbers_are_those_of_a_plain_rewriting(values, mask, share):

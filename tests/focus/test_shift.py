@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from focus.maps import attribution_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -14,7 +15,6 @@ from scipy.ndimage import center_of_mass
 from scipy.stats import spearmanr
 
 from lightning_segxai.focus.shift import CenterShift, RankCorrelation, TopOverlap
-from lightning_segxai.values import Attribution, Probe
 
 SHAPE = (4, 5, 6)
 SPACING = (0.5, 1.0, 3.0)
@@ -23,25 +23,9 @@ named = pytest.mark.parametrize("metric", EVERY, ids=lambda m: type(m).__name__)
 coarse_maps = hnp.arrays(np.int8, SHAPE, elements=st.integers(-4, 4))
 
 
-def attribution_of(values):
-    values = torch.as_tensor(values)
-    if not values.is_floating_point():
-        values = values.double()
-    return Attribution(
-        probe=Probe("p", torch.zeros(1, *values.shape), spacing_mm=SPACING),
-        target="vessel",
-        method="m",
-        layer="",
-        values=values,
-        unit="a.u.",
-        region=torch.ones(values.shape, dtype=torch.bool),
-        prediction=torch.zeros(values.shape, dtype=torch.int64),
-        score=1.0,
-    )
-
-
 def measured(metric, values, earlier):
-    return metric.measure(attribution_of(values), attribution_of(earlier))
+    now, then = (attribution_of(map_, spacing=SPACING) for map_ in (values, earlier))
+    return metric.measure(now, then)
 
 
 def random_map(seed=0):

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from focus.maps import attribution_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lightning_segxai.focus.spread import EffectiveVolume, Entropy, Gini
-from lightning_segxai.values import Attribution, Probe
 
 SHAPE = (4, 5, 6)
 EVERY = [Gini(), Entropy(), EffectiveVolume()]
@@ -20,25 +20,8 @@ named = pytest.mark.parametrize("metric", EVERY, ids=lambda m: type(m).__name__)
 coarse_maps = hnp.arrays(np.int8, SHAPE, elements=st.integers(-4, 4))
 
 
-def attribution_of(values, spacing=(1.0, 1.0, 1.0)):
-    values = torch.as_tensor(values)
-    if not values.is_floating_point():
-        values = values.double()
-    return Attribution(
-        probe=Probe("p", torch.zeros(1, *values.shape), spacing_mm=spacing),
-        target="vessel",
-        method="m",
-        layer="",
-        values=values,
-        unit="a.u.",
-        region=torch.ones(values.shape, dtype=torch.bool),
-        prediction=torch.zeros(values.shape, dtype=torch.int64),
-        score=1.0,
-    )
-
-
 def measured(values, spacing=(0.5, 1.0, 3.0)):
-    attribution = attribution_of(values, spacing)
+    attribution = attribution_of(values, spacing=spacing)
     return [metric.measure(attribution) for metric in EVERY]
 
 

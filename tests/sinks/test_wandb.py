@@ -24,18 +24,9 @@ PROBES = tuple(Probe(name, torch.rand(1, 2, 2, 2)) for name in ("left", "right")
 
 
 @pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """W&B without a network or a trace outside of the test's folder."""
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        folder = tmp_path / name.lower()
-        folder.mkdir()
-        monkeypatch.setenv(name, str(folder))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    yield tmp_path / "wandb_dir"
-    import wandb
-
-    wandb.teardown()
+def offline(offline):
+    """Where W&B writes."""
+    return offline / "wandb_dir"
 
 
 def a_record(step: int, probe: str, metric: str, value: float, method="ig", target="vessel", **kw):
