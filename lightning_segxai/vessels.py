@@ -160,8 +160,9 @@ def caliber_mm(mask: Mask, spacing_mm: tuple[float, float, float]) -> Float[Tens
     """Radius of the vessel that each voxel is nearest to, in mm.
 
     It is the ``radius_mm`` of the nearest voxel of the `centerline`, so the voxels of a segment
-    have one caliber; those of a piece that thinning leaves nothing of have that of another vessel. A
-    region whose centerline is empty has its largest distance from the wall everywhere. The latest results are kept, as for `distance_mm`.
+    have one caliber; those of a piece that thinning leaves nothing of have that of another vessel.
+    A region whose centerline is empty has its largest distance from the wall everywhere. The latest
+    results are kept, as for `distance_mm`.
 
     >>> line = torch.zeros(3, 3, 5, dtype=torch.bool)
     >>> line[1, 1] = True
