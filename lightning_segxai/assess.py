@@ -16,6 +16,7 @@ from lightning_segxai.examine import measured
 from lightning_segxai.explain import Failure
 from lightning_segxai.faithfulness.base import FaithfulnessMetric
 from lightning_segxai.guard import undisturbed
+from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.scored import Outputs, Predictor, ScoredModel
 from lightning_segxai.targets import Target, voxels
 from lightning_segxai.values import Attribution, Logits, Probe, Record, as_shape
@@ -27,6 +28,7 @@ def assess(
     targets: Mapping[str, Target],
     faithfulness: Mapping[str, FaithfulnessMetric],
     *,
+    methods: Mapping[str, AttributionMethod] | None = None,
     window: int | tuple[int, int, int] | None = None,
     overlap: float = 0.5,
     outputs: Outputs | None = None,
@@ -44,6 +46,8 @@ def assess(
         attributions: The maps.
         targets: What they explain, by name, as it was given to `examine`.
         faithfulness: Faithfulness metrics, by name.
+        methods: What made the maps, by name, as it was given to `examine`: for metrics that
+            explain the network again.
         window: As for `examine`, like all below.
         overlap: Share of a window that the next one covers again.
         outputs: ``softmax`` or ``sigmoid``; None: one channel is sigmoid, more are softmax.
@@ -74,7 +78,14 @@ def assess(
         looks_per_pass,
     )
     return assess_maps(
-        predictor, attributions, targets, faithfulness, seed=seed, run=run, failed=failed
+        predictor,
+        attributions,
+        targets,
+        faithfulness,
+        methods or {},
+        seed=seed,
+        run=run,
+        failed=failed,
     )
 
 
@@ -83,6 +94,7 @@ def assess_maps(
     attributions: Iterable[Attribution],
     targets: Mapping[str, Target],
     faithfulness: Mapping[str, FaithfulnessMetric],
+    methods: Mapping[str, AttributionMethod],
     *,
     seed: int = 0,
     run: str = "",
@@ -97,12 +109,14 @@ def assess_maps(
             f"{', '.join(unknown)}. Give the ones given to `examine`."
         )
     rows: list[Record] = []
+    if not faithfulness:
+        return rows
     with undisturbed(predictor.module, seed):
         for _, maps in groupby(attributions, lambda a: id(a.probe)):
             of_probe = list(maps)
             aims = _Aims(predictor, of_probe[0].probe, targets, seed)
             rows += [
-                measured(run, (a,), name, metric.unit, aims.held_to(metric), failed)
+                measured(run, (a,), name, metric.unit, aims.held_to(metric, methods), failed)
                 for a in of_probe
                 for name, metric in faithfulness.items()
             ]
@@ -124,14 +138,16 @@ class _Aims:
         """What the targets are fixed on."""
         return self.predictor.predict(self.probe.image.detach().to(self.predictor.device))
 
-    def held_to(self, metric: FaithfulnessMetric) -> Callable[[Attribution], float | None]:
+    def held_to(
+        self, metric: FaithfulnessMetric, methods: Mapping[str, AttributionMethod]
+    ) -> Callable[[Attribution], float | None]:
         """The metric as a function of the map alone."""
 
         def assessed(attribution: Attribution) -> float | None:
             model = self._model(attribution)
             # somebody's code: what it does to the network must not reach the next one
             with undisturbed(self.predictor.module, self.seed):
-                return metric.assess(model, attribution)
+                return metric.assess(model, attribution, methods.get(attribution.method))
 
         return assessed
 

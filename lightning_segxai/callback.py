@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_segxai.alerts import Alert, check_alerts
 from lightning_segxai.checkpoints import segment
 from lightning_segxai.chronicle import Chronicle
+from lightning_segxai.cost import cost, cost_of_assessing
 from lightning_segxai.data.batches import batch_probes
 from lightning_segxai.data.probes import ProbeFile
 from lightning_segxai.defaults import (
@@ -28,8 +29,8 @@ from lightning_segxai.defaults import (
     default_shifts,
     default_targets,
 )
-from lightning_segxai.examine import cost
 from lightning_segxai.failures import Failures, Mistakes, OnError
+from lightning_segxai.faithfulness.base import FaithfulnessMetric
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.folder import RunFolder
 from lightning_segxai.methods.base import AttributionMethod
@@ -60,6 +61,14 @@ _BASES = tuple(
     if find_spec(package) is not None
 )
 
+_KINDS = {
+    "targets": "target",
+    "methods": "method",
+    "metrics": "metric",
+    "shifts": "shift metric",
+    "faithfulness": "faithfulness metric",
+}
+
 BATCH_PROBES = 4
 """How many probes are taken from the first validation batch, where there are no others."""
 
@@ -87,10 +96,14 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         metrics: What is measured of a map, by name. None: all of this package.
         shifts: What is measured between a map and the first, previous and best one, by name. None:
             all of this package.
+        faithfulness: How maps are held against the network, by name. None: not at all, as it costs
+            passes (`passes` of each metric; the log says how many in all).
         alerts: What is told, in the log and by Weights & Biases, when a number goes beyond a
             threshold and stays there, by name.
         sinks: Where observations are written besides the run's folder. None: Weights & Biases.
         every_n_validations: Validations from one observation to the next.
+        faithfulness_every_n_validations: Validations from one assessment to the next; it is made
+            with the first observation that is due then, and of the untrained network.
         window: Edges of sliding windows in voxels; None takes probes whole.
         overlap: Share of a window that the next one covers again.
         outputs: Whether the network's outputs are `softmax` or `sigmoid`. None: one channel is
@@ -115,9 +128,11 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         methods: dict[str, AttributionMethod] | None = None,
         metrics: dict[str, FocusMetric] | None = None,
         shifts: dict[str, ShiftMetric] | None = None,
+        faithfulness: dict[str, FaithfulnessMetric] | None = None,
         alerts: dict[str, Alert] | None = None,
         sinks: list[Sink] | None = None,
         every_n_validations: int = 1,
+        faithfulness_every_n_validations: int = 5,
         window: int | tuple[int, int, int] | None = None,
         overlap: float = 0.5,
         outputs: Outputs | None = None,
@@ -129,11 +144,13 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         seed: int = 0,
         name: str = "segxai",
     ) -> None:
-        if every_n_validations < 1:
-            raise ValueError(
-                f"`AttributionMonitor(every_n_validations={every_n_validations})` must be at "
-                "least 1."
-            )
+        cadences = {
+            "every_n_validations": every_n_validations,
+            "faithfulness_every_n_validations": faithfulness_every_n_validations,
+        }
+        for cadence, n in cadences.items():
+            if n < 1:
+                raise ValueError(f"`AttributionMonitor({cadence}={n})` must be at least 1.")
         if on_error not in ("warn", "disable", "raise"):
             raise ValueError(
                 f"`AttributionMonitor(on_error={on_error!r})` must be warn, disable or raise."
@@ -144,10 +161,11 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
             default_methods() if methods is None else dict(methods),
             default_metrics() if metrics is None else dict(metrics),
             default_shifts() if shifts is None else dict(shifts),
+            dict(faithfulness or {}),
         )
-        for kind in ("targets", "methods", "metrics", "shifts"):
+        for kind, one in _KINDS.items():
             for key in getattr(self._asked, kind):
-                checked_name(key, kind.removesuffix("s"))
+                checked_name(key, one)
         for kind, given in (("probes", probes), ("targets", targets), ("methods", methods)):
             if given is not None and not given:
                 raise ValueError(f"`AttributionMonitor({kind}={given})` needs at least one.")
@@ -160,6 +178,7 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         )
         self.sinks: list[Sink] = [FileSink(), *([WandbSink()] if sinks is None else sinks)]
         self.every_n_validations = every_n_validations
+        self.faithfulness_every_n_validations = faithfulness_every_n_validations
         self.keep = keep
         self.on_error = on_error
         self.seed = seed
@@ -389,11 +408,12 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
             run_id, root = resumed["run"], Path(resumed["folder"])
         asked = {
             kind: {name: repr(value) for name, value in getattr(self.questions, kind).items()}
-            for kind in ("targets", "methods", "metrics", "shifts")
+            for kind in _KINDS
         }
         asked["alerts"] = {name: repr(alert) for name, alert in self.alerts.items()}
         how = {key: getattr(value, "__qualname__", value) for key, value in self._how.items()}
-        mine = {**asked, **how, "every_n_validations": self.every_n_validations, "seed": self.seed}
+        cadences = ("every_n_validations", "faithfulness_every_n_validations")
+        mine = {**asked, **how, **{c: getattr(self, c) for c in cadences}, "seed": self.seed}
         run = Run(
             id=run_id,
             monitor=self.name,
@@ -418,14 +438,19 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
     def _tell_cost(self, trainer: Any) -> None:
         """Say what the monitor costs, as a count of passes and as a share of an epoch."""
         predictor = self._predictor_in(trainer, trainer.lightning_module)
-        total = cost(predictor, self.probes, self.questions.targets, self.questions.methods)
+        asked = self.questions
+        total = cost(predictor, self.probes, asked.targets, asked.methods)
+        held = cost_of_assessing(
+            predictor, self.probes, asked.targets, asked.methods, asked.faithfulness
+        )
         windows = [predictor.windows(probe.shape) for probe in self.probes]
         voxels = max(math.prod(s.stop - s.start for s in w.places[0]) for w in windows)
-        share = share_of_epoch(trainer, total.passes, voxels, self.every_n_validations)
-        text = (
-            f"{self.name}: each observation of {len(self.probes)} probes takes {total.forward} "
-            f"forward and {total.backward} backward passes"
-        )
+        seldom = max(self.every_n_validations, self.faithfulness_every_n_validations)
+        mean = total.passes + held.passes * self.every_n_validations / seldom
+        share = share_of_epoch(trainer, mean, voxels, self.every_n_validations)
+        text = f"{self.name}: each observation of {len(self.probes)} probes takes {total}"
+        if held.passes:
+            text += f", and {held} more to assess faithfulness every {seldom} validations"
         if share is None:
             trainer.print(f"{text}.")
             return
@@ -438,11 +463,15 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
             )
 
     def _observe(self, trainer: Any, pl_module: Any, story: Chronicle, logging_step: int) -> None:
+        asked = self.questions
+        if not self._assesses():
+            asked = replace(asked, faithfulness={})
+
         def look() -> None:
             self._pending = observe(
                 self._predictor_in(trainer, pl_module),
                 self.probes,
-                self.questions,
+                asked,
                 epoch=trainer.current_epoch,
                 step=trainer.global_step,
                 logging_step=logging_step,
@@ -457,6 +486,12 @@ class AttributionMonitor(*_BASES):  # type: ignore[misc]  # chosen by what is in
         if self._pending is not None:
             self._pending = story.watched(self._pending)
             self._scalars |= means(self.name, self._pending.records)
+
+    def _assesses(self) -> bool:
+        """Whether faithfulness is due since the last observation; of the untrained network, too."""
+        n = self.faithfulness_every_n_validations
+        before = self._validations - self.every_n_validations
+        return self._validations == 0 or self._validations // n > before // n
 
     def _write(self, story: Chronicle) -> None:
         if self._pending is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,10 +15,8 @@ from lightning_segxai.focus.overlap import dice
 from lightning_segxai.focus.ranks import agreement
 from lightning_segxai.guard import undisturbed
 from lightning_segxai.methods.base import AttributionMethod
-from lightning_segxai.rules.interception import Rule
 from lightning_segxai.scored import Outputs, Predictor
 from lightning_segxai.targets import Target
-from lightning_segxai.trajectories import Trajectory
 from lightning_segxai.values import Attribution, Probe, Record, Status, UnsupportedError, as_shape
 
 OF_PROBE = ("dice",)
@@ -287,49 +285,3 @@ def record(
         value=value,
         status=status,
     )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Windows sent through the network."""
-
-    forward: int
-    backward: int
-
-    @property
-    def passes(self) -> int:
-        """Both together."""
-        return self.forward + self.backward
-
-
-def cost(
-    predictor: Predictor,
-    probes: Iterable[Probe],
-    targets: Mapping[str, Target],
-    methods: Mapping[str, AttributionMethod],
-) -> Cost:
-    """What explaining these probes takes; less where a region turns out empty.
-
-    Every distinct trajectory under a distinct rule costs a forward pass for each of its points, and
-    a backward pass for each point with a gradient and each target; twice as many under a rule that
-    sends a second volume along. The prediction is the look at the volume itself, or, by several
-    windows, a forward pass of its own. Each is times the number of windows. The one pass that finds
-    out what a new network accepts is not in it.
-    """
-    forward = backward = 0
-    for probe in probes:
-        i, j, k = probe.shape
-        windows = len(predictor.windows(probe.shape).places)
-        walks: set[tuple[Trajectory, Rule | None]] = set()
-        alone = Cost(0, 0)
-        for method in methods.values():
-            walks |= {(p.trajectory, p.rule) for p in method.parts if p.trajectory is not None}
-            extra = method.extra_passes((i, j, k), windows)
-            alone = Cost(alone.forward + extra.forward, alone.backward + extra.backward)
-        rows = {way: 2 if way[1] is not None and way[1].partner else 1 for way in walks}
-        looks = sum(n * (way[0].count + way[0].ends) for way, n in rows.items())
-        gradients = sum(n * way[0].count for way, n in rows.items())
-        seen = windows == 1 and any(t.starts_here and rule is None for t, rule in walks)
-        forward += windows * (looks + (not seen)) + alone.forward * len(targets)
-        backward += (windows * gradients + alone.backward) * len(targets)
-    return Cost(forward, backward)

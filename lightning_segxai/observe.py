@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from PIL import Image
 
 from lightning_segxai.alerts import NumberOf
+from lightning_segxai.assess import assess_maps
 from lightning_segxai.examine import (
     OF_MAP,
     OF_PROBE,
@@ -19,6 +20,7 @@ from lightning_segxai.examine import (
     unseen,
 )
 from lightning_segxai.explain import Failure, explain
+from lightning_segxai.faithfulness.base import FaithfulnessMetric
 from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 from lightning_segxai.focus.ranks import similarity
 from lightning_segxai.guard import undisturbed
@@ -35,18 +37,35 @@ _EARLIER: tuple[Reference, ...] = get_args(Reference)
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked of a network, by name."""
+    """What is asked of a network, by name.
+
+    Raises:
+        ValueError: for a name that two numbers of a map would have.
+    """
 
     targets: Mapping[str, Target]
     methods: Mapping[str, AttributionMethod]
     metrics: Mapping[str, FocusMetric]
     shifts: Mapping[str, ShiftMetric]
+    faithfulness: Mapping[str, FaithfulnessMetric] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = (*self.metrics, *self.faithfulness)
+        taken = [name for name in (*OF_MAP, *OF_TARGET, *OF_PROBE) if name in names]
+        taken += [name for name in self.metrics if name in self.faithfulness]
+        if taken:
+            raise ValueError(
+                f"The metric name {taken[0]!r} stands for another number of the same map already. "
+                "Choose another name."
+            )
 
     @property
     def columns(self) -> dict[str, NumberOf]:
         """All names that the metric column may hold, and what each is a number of."""
         moved = [f"{name}/{which}" for name in (*self.shifts, "same_region") for which in _EARLIER]
-        of_map: dict[str, NumberOf] = dict.fromkeys((*self.metrics, *moved, *OF_MAP), "map")
+        of_map: dict[str, NumberOf] = dict.fromkeys(
+            (*self.metrics, *moved, *self.faithfulness, *OF_MAP), "map"
+        )
         of_target: dict[str, NumberOf] = dict.fromkeys(OF_TARGET, "target")
         return of_map | of_target | dict.fromkeys(OF_PROBE, "probe")
 
@@ -57,6 +76,7 @@ class Questions:
             {name: method for name, method in self.methods.items() if name not in methods},
             {name: metric for name, metric in self.metrics.items() if name not in metrics},
             {name: shift for name, shift in self.shifts.items() if name not in metrics},
+            {name: held for name, held in self.faithfulness.items() if name not in metrics},
         )
 
 
@@ -74,7 +94,7 @@ def observe(
     failed: Failure | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Observation:
-    """Explain, measure and draw all probes; the network is left as it was.
+    """Explain, assess, measure and draw all probes; the network is left as it was.
 
     Args:
         predictor: The network.
@@ -90,20 +110,25 @@ def observe(
         stop: Asked between probes; True leaves the other probes out.
     """
     maps: list[Attribution] = []
+    assessed: list[Record] = []
     with undisturbed(predictor.module, seed):
         for probe in probes:
             if stop():
                 break
-            maps += (
-                replace(attribution, epoch=epoch, step=step)
-                for attribution in explain(
-                    predictor,
-                    probe,
-                    questions.targets,
-                    questions.methods,
-                    seed=seed,
-                    failed=failed,
-                )
+            found = explain(
+                predictor, probe, questions.targets, questions.methods, seed=seed, failed=failed
+            )
+            of_probe = [replace(a, epoch=epoch, step=step) for a in found]
+            maps += of_probe
+            assessed += assess_maps(
+                predictor,
+                of_probe,
+                questions.targets,
+                questions.faithfulness,
+                questions.methods,
+                seed=seed,
+                run=run,
+                failed=failed,
             )
     shifts: list[Record] = []
     if timeline is not None:
@@ -112,7 +137,7 @@ def observe(
                 references = timeline.references(attribution)
                 maps[n] = _beside_untrained(attribution, references)
                 shifts += _shifts(attribution, references, timeline, questions.shifts, run, failed)
-    records = measure(maps, questions.metrics, run=run, failed=failed) + shifts
+    records = measure(maps, questions.metrics, run=run, failed=failed) + shifts + assessed
     predictions = {a.probe.name: a.prediction for a in maps if not unseen(a)}
     panels = _panels(maps, records, run, failed)
     return Observation(epoch, step, logging_step, tuple(maps), tuple(records), predictions, panels)

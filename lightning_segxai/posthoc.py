@@ -18,9 +18,9 @@ from torch import nn
 
 from lightning_segxai.callback import AttributionMonitor
 from lightning_segxai.checkpoints import load_weights
+from lightning_segxai.cost import cost
 from lightning_segxai.data.file_grid import to_file_grid
 from lightning_segxai.data.probes import read_probe
-from lightning_segxai.examine import cost
 from lightning_segxai.explain import resolved_layers
 from lightning_segxai.failures import Mistakes
 from lightning_segxai.focus.overlap import dice

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_segxai.rules.interception import Interception, counted
 from lightning_segxai.targets import Target, voxels
@@ -75,6 +76,7 @@ class Predictor:
         looks_per_pass: Windows that go through the network at once; ``auto`` depends on their
             shape only, so that results repeat.
         forward_context: Entered around the network's own forward, for the precision of a trainer.
+        parameters: Values for some of the network's parameters, instead of its own.
     """
 
     module: nn.Module
@@ -85,6 +87,7 @@ class Predictor:
     logits: Callable[[Any], Tensor] | None = None
     looks_per_pass: int | Literal["auto"] = "auto"
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
     rehearsals: dict[tuple[int, ...], Rehearsal] = field(default_factory=dict)
 
@@ -218,7 +221,11 @@ class Predictor:
         # A copy: a network may write into its input, which may be the probe's own, or a leaf.
         given = x.to(dtype, copy=True)
         with self.forward_context(), mode.watching(given) if mode else nullcontext():
-            output = self.module(given)
+            output = (
+                functional_call(self.module, dict(self.parameters), (given,))
+                if self.parameters
+                else self.module(given)
+            )
         raw = self.logits(output) if self.logits else _find_logits(output, x.shape[2:])
         if not isinstance(raw, Tensor) or raw.ndim != 5 or raw.shape[2:] != x.shape[2:]:
             raise ValueError(

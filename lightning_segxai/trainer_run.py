@@ -97,14 +97,15 @@ def without_secrets(content: Any) -> Any:
     return content
 
 
-def share_of_epoch(trainer: Any, passes: int, voxels: int, every_n: int) -> float | None:
+def share_of_epoch(trainer: Any, passes: float, voxels: int, every_n: int) -> float | None:
     """What the observations of an epoch cost, as a share of the passes of its training.
 
     Passes are weighed by their voxels; a training step counts as two passes for each patch.
 
     Args:
         trainer: The trainer, while it trains.
-        passes: Windows that one observation sends through the network, forward and backward.
+        passes: Windows that an observation sends through the network, forward and backward; a mean
+            where they differ.
         voxels: Voxels of a window.
         every_n: Validations from one observation to the next.
 

@@ -27,7 +27,7 @@ ORDER: tuple[tuple[frozenset[str], ...], ...] = tuple(
         "guard",
         "focus",
         "faithfulness",
-        "explain",
+        "explain | cost",
         "examine",
         "assess",
         "folder | alerts",

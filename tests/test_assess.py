@@ -10,17 +10,21 @@ import pytest
 import torch
 from nets_for_tests import Counting, a_probe, layered, normed
 
-import lightning_segxai
+import lightning_segxai.faithfulness
 from lightning_segxai.assess import assess
 from lightning_segxai.examine import examine
 from lightning_segxai.faithfulness import (
     Deletion,
+    EfficientRandomization,
     FaithfulnessCorrelation,
     FaithfulnessMetric,
     Insertion,
     RandomBaseline,
+    Randomization,
+    SensitivityMax,
 )
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
+from lightning_segxai.methods.noise import SmoothGrad
 from lightning_segxai.scored import Passes, Predictor, ScoredModel
 from lightning_segxai.targets import ClassEvidence, ClassMargin, Target
 from lightning_segxai.values import UnsupportedError
@@ -46,14 +50,14 @@ class Says(FaithfulnessMetric):
     higher_is_better = None
     reading = "nothing"
 
-    def assess(self, model, attribution):
+    def assess(self, model, attribution, method=None):
         model.predictor.module.train()
         torch.rand(3)
         if isinstance(self.what, Exception):
             raise self.what
         return self.what
 
-    def passes(self, shape, windows):
+    def passes(self, shape, windows, method=None):
         return Passes()
 
 
@@ -218,8 +222,29 @@ def test_the_cost_is_what_is_counted(window):
     assert net.counts["backward"] == 0
 
 
+@pytest.mark.parametrize("window", [None, (8, 8, 4)], ids=["whole", "windows"])
+def test_metrics_that_explain_again_are_given_the_method(window):
+    """That of the map's own name; the very map comes again; without it they are unsupported."""
+    again = {"sensitivity": SensitivityMax(2, 0.0), "randomization": Randomization(2),
+             "efficient": EfficientRandomization(), "deletion": Deletion(4)}  # fmt: skip
+    net, methods = layered(rectified=True), METHODS | {"smooth": SmoothGrad(samples=2)}
+    probes = [a_probe(name="a"), a_probe(name="b", seed=1)]
+    maps = examine(net, probes, TARGETS, methods, window=window, seed=3)
+    rows = assess(net, maps, TARGETS, again, methods=methods, window=window, seed=3)
+    assert {r.status for r in rows} == {"ok"}
+    found = [r.value for r in rows if r.metric == "sensitivity"]
+    assert found == pytest.approx([0.0] * len(maps), abs=1e-12)
+    assert all(r.value < 0.99 for r in rows if r.metric == "randomization")
+
+    unknown = assess(net, maps, TARGETS, again, methods={"ixg": InputXGradient()}, window=window)
+    for row in unknown:
+        known = row.metric == "deletion" or row.method == "ixg"
+        assert row.status == ("ok" if known else "unsupported")
+
+
 def test_its_names_are_the_packages():
     """All that a user names."""
     assert lightning_segxai.assess is assess
-    for kind in (Deletion, Insertion, FaithfulnessCorrelation, RandomBaseline, FaithfulnessMetric):
-        assert getattr(lightning_segxai, kind.__name__) is kind
+    for name in lightning_segxai.faithfulness.__all__:
+        kind = getattr(lightning_segxai.faithfulness, name)
+        assert getattr(lightning_segxai, name) is kind

@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 from nets_for_tests import Metered, a_probe, layered
 
-from lightning_segxai.examine import Cost, cost
+from lightning_segxai.assess import assess
+from lightning_segxai.cost import Cost, cost, cost_of_assessing
+from lightning_segxai.examine import examine
 from lightning_segxai.explain import explain
+from lightning_segxai.faithfulness import Deletion, RandomBaseline, Randomization, SensitivityMax
 from lightning_segxai.methods.cams import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
 from lightning_segxai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
@@ -286,3 +289,22 @@ def test_the_number_of_points_does_not_change_the_bill_of_others():
         Predictor(layered()), [a_probe()], ONE, GRADIENTS | {"ig": IntegratedGradients(9)}
     )
     assert with_path.passes == alone + 2 * 9 + 2  # both ends are looked at forward
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 8)])
+@pytest.mark.parametrize("targets", [ONE, TWO], ids=["one", "two"])
+def test_what_is_announced_for_assessing_is_counted(targets, window):
+    """The predictions, and all that each metric asks of each method; nothing for no metric."""
+    net = Metered(layered())
+    probes = [a_probe((8, 8, 10)), a_probe((8, 8, 16), name="q")]
+    methods = {"saliency": Saliency(), "ig": IntegratedGradients(3)}
+    held = {"deletion": Deletion(3), "random": RandomBaseline(Deletion(3), 2),
+            "steady": SensitivityMax(2), "trained": Randomization(2)}  # fmt: skip
+    maps = examine(net, probes, targets, methods, window=window)
+    before = dict(vars(net.counts))
+    announced = cost_of_assessing(Predictor(net, window), probes, targets, methods, held)
+    assess(net, maps, targets, held, methods=methods, window=window)
+    shapes = 1 if window else 2  # each is rehearsed once
+    assert net.counts["forward"] - before["forward"] == announced.forward + shapes
+    assert net.counts["backward"] - before["backward"] == announced.backward > 0
+    assert cost_of_assessing(Predictor(net, window), probes, targets, methods, {}) == Cost(0, 0)

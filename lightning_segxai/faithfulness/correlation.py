@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank
-from lightning_segxai.faithfulness.base import FaithfulnessMetric, together, veiled
+from lightning_segxai.faithfulness.base import FaithfulnessMetric, veiled
+from lightning_segxai.faithfulness.parts import random_parts, said_and_done
+from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.methods.hiding import check_counts
-from lightning_segxai.scored import Passes, ScoredModel, in_pieces
+from lightning_segxai.scored import Passes, ScoredModel
 from lightning_segxai.values import Attribution, Mask, Shape
 
 
@@ -71,24 +72,19 @@ class FaithfulnessCorrelation(FaithfulnessMetric):
             )
         Baseline(self.baseline, self.sigma_mm)
 
-    def assess(self, model: ScoredModel, attribution: Attribution) -> float | None:
+    def assess(
+        self,
+        model: ScoredModel,
+        attribution: Attribution,
+        method: AttributionMethod | None = None,
+    ) -> float | None:
         veil = veiled(model, self.baseline, self.sigma_mm)
         values = attribution.values.detach().double()
-
-        def look(parts: list[Mask]) -> Tensor:
-            return veil.score(~torch.stack(parts).to(veil.x.device)).double().cpu()
-
-        whole = look([torch.zeros(values.shape, dtype=torch.bool)])[0]
-        sums: list[Tensor] = []
-        effects: list[Tensor] = []
-        for parts, scores in in_pieces(self.parts(model), together(model), look):
-            sums += [values[part].sum() for part in parts]
-            effects += list(whole - scores)
-        said, done = torch.stack(sums), torch.stack(effects)
-        noise = torch.finfo(veil.x.dtype).eps * max(1.0, abs(float(whole)))
+        said, done, whole = said_and_done(veil, values, self.parts(model))
+        noise = torch.finfo(veil.x.dtype).eps * max(1.0, abs(whole))
         return _pearson(said, done, 1e-12 * float(values.abs().sum()), noise)
 
-    def passes(self, shape: Shape, windows: int) -> Passes:
+    def passes(self, shape: Shape, windows: int, method: AttributionMethod | None = None) -> Passes:
         """The parts, and the volume itself."""
         return Passes((self.samples + 1) * windows)
 
@@ -96,16 +92,7 @@ class FaithfulnessCorrelation(FaithfulnessMetric):
         """The voxels of each random part."""
         generator = torch.Generator().manual_seed(model.seed + self.seed)
         i, j, k = model.probe.shape
-        cubes = [math.ceil(n / self.block) for n in (i, j, k)]
-        total = math.prod(cubes)
-        count = min(max(1, round(self.share * total)), total)
-        for _ in range(self.samples):
-            chosen = torch.zeros(total, dtype=torch.bool)
-            chosen[torch.randperm(total, generator=generator)[:count]] = True
-            part = chosen.reshape(cubes)
-            for axis in range(3):
-                part = part.repeat_interleave(self.block, dim=axis)
-            yield part[:i, :j, :k]
+        return random_parts((i, j, k), self.samples, self.share, self.block, generator)
 
 
 def _pearson(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_segxai.baselines import Baseline, Blank
 from lightning_segxai.faithfulness.base import FaithfulnessMetric, together, veiled
+from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.methods.hiding import Veil, check_counts
 from lightning_segxai.scored import Passes, ScoredModel, in_pieces
 from lightning_segxai.values import Attribution, Map, Shape
@@ -114,11 +115,16 @@ class Sweep(FaithfulnessMetric):
         found = torch.cat([followed for _, followed in pieces]).cpu()
         return found if self.by == "dice" else self._normalized(found)
 
-    def assess(self, model: ScoredModel, attribution: Attribution) -> float | None:
+    def assess(
+        self,
+        model: ScoredModel,
+        attribution: Attribution,
+        method: AttributionMethod | None = None,
+    ) -> float | None:
         curve = self.curve(model, attribution)
         return None if curve is None else float(torch.trapezoid(curve, dx=1 / self.steps))
 
-    def passes(self, shape: Shape, windows: int) -> Passes:
+    def passes(self, shape: Shape, windows: int, method: AttributionMethod | None = None) -> Passes:
         """The points of the curve, both ends among them."""
         return Passes((self.steps + 1) * windows)
 

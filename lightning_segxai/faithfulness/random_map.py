@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lightning_segxai.faithfulness.base import FaithfulnessMetric
+from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.methods.hiding import check_counts
 from lightning_segxai.scored import Passes, ScoredModel
 from lightning_segxai.values import Attribution, Shape
@@ -55,19 +56,24 @@ class RandomBaseline(FaithfulnessMetric):
         """What the metric is compared with."""
         return f"What {type(self.metric).__name__} gives for a random map: compare with it."
 
-    def assess(self, model: ScoredModel, attribution: Attribution) -> float | None:
+    def assess(
+        self,
+        model: ScoredModel,
+        attribution: Attribution,
+        method: AttributionMethod | None = None,
+    ) -> float | None:
         generator = torch.Generator().manual_seed(model.seed + self.seed + _APART)
         values, found = attribution.values, []
         for _ in range(self.repeats):
             places = torch.randperm(values.numel(), generator=generator)
             shuffled = values.flatten()[places].reshape(values.shape)
-            one = self.metric.assess(model, replace(attribution, values=shuffled))
+            one = self.metric.assess(model, replace(attribution, values=shuffled), method)
             if one is None:
                 return None
             found.append(one)
         return sum(found) / len(found)
 
-    def passes(self, shape: Shape, windows: int) -> Passes:
+    def passes(self, shape: Shape, windows: int, method: AttributionMethod | None = None) -> Passes:
         """The metric's, for each permutation."""
-        once = self.metric.passes(shape, windows)
+        once = self.metric.passes(shape, windows, method)
         return Passes(self.repeats * once.forward, self.repeats * once.backward)

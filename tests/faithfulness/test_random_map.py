@@ -36,11 +36,11 @@ class Collects(FaithfulnessMetric):
     higher_is_better = True
     reading = "how many maps it saw"
 
-    def assess(self, model, attribution):
+    def assess(self, model, attribution, method=None):
         self.maps.append(attribution.values)
         return None if len(self.maps) == self.none_at else float(len(self.maps))
 
-    def passes(self, shape, windows):
+    def passes(self, shape, windows, method=None):
         return Passes(2 * windows, 3)
 
 

@@ -9,7 +9,7 @@ import torch
 from nets_for_tests import Counting, Power, a_probe, close, layered, linear_net
 from torch import nn
 
-from lightning_segxai.examine import Cost, cost
+from lightning_segxai.cost import Cost, cost
 from lightning_segxai.explain import explain
 from lightning_segxai.methods.adaptive import divisions
 from lightning_segxai.methods.noise import SmoothGrad

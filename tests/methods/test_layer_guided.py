@@ -7,7 +7,7 @@ import torch
 from nets_for_tests import a_probe, close, layered, seeded
 from torch import nn
 
-from lightning_segxai.examine import Cost, cost
+from lightning_segxai.cost import Cost, cost
 from lightning_segxai.explain import explain
 from lightning_segxai.methods.layer_guided import LayerGuidedBackprop
 from lightning_segxai.scored import Predictor
