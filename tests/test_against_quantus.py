@@ -14,7 +14,16 @@ from focus.maps import attribution_of
 from nets_for_tests import close
 
 from lightning_segxai.explain import explain
-from lightning_segxai.faithfulness import Deletion, FaithfulnessCorrelation, Insertion
+from lightning_segxai.faithfulness import (
+    Deletion,
+    EfficientRandomization,
+    FaithfulnessCorrelation,
+    Insertion,
+    Randomization,
+    SensitivityMax,
+    randomization,
+)
+from lightning_segxai.faithfulness.randomization import complexity
 from lightning_segxai.focus import (
     Entropy,
     Gini,
@@ -243,42 +252,49 @@ def test_maps_of_the_network():
         close(found, numbers(values), 1e-12)
 
 
-@quiet
-@pytest.mark.parametrize("order", THEIRS["mprt"]["scores"])
-def test_likeness_of_maps_of_randomized_layers(order):
-    """MPRT: our maps of its weights, ranked by us."""
-    own = explained(Saliency())
-    for stage in THEIRS["mprt"]["scores"][order]:
-        found = similarity(own, explained(Saliency(), stage["map"]))
-        assert found == exactly(stage["score"])
+@pytest.fixture
+def theirs_drawn(monkeypatch):
+    """Random weights are those that Quantus drew."""
+    drawn = {
+        f"{layer}.{kind}": numbers(values)
+        for layer, weights in THEIRS["mprt"]["weights"].items()
+        for kind, values in weights.items()
+    }
+    monkeypatch.setattr(
+        randomization, "randomized", lambda names, *_: {name: drawn[name] for name in names}
+    )
 
 
 @quiet
-@pytest.mark.parametrize("case", THEIRS["efficient_mprt"], ids=str)
-def test_complexity_of_the_map_of_a_randomized_network(case):
-    """EfficientMPRT: its formula, of our maps."""
-
-    def entropy(randomized):
-        values = explained(Saliency(absolute=case["abs"]), randomized).values.numpy()
-        counts, _ = np.histogram(values, bins=case["n_bins"])
-        share = counts[counts > 0] / values.size
-        return -float((share * np.log(share)).sum())
-
-    before, after = entropy(case["map"]), entropy(case["randomized_map"])
-    assert before == exactly(case["complexity"])
-    assert after == exactly(case["randomized_complexity"])
-    assert (after - before) / before == exactly(case["value"])
+@pytest.mark.parametrize("order", ["top_down", "bottom_up"])
+def test_randomization(order, theirs_drawn):
+    """MPRT, layer by layer; ours compares magnitudes, and its number is the mean."""
+    method, model = Saliency(absolute=False), model_of(of_file(), PROBE, TARGET)
+    metric, own = Randomization(stages=3, order=order), explained(method)
+    theirs = [stage["score"] for stage in THEIRS["mprt"]["scores"][order]]
+    assert metric.curve(model, own, method).tolist() == exactly(theirs)
+    assert metric.assess(model, own, method) == exactly(np.mean(theirs))
 
 
+@quiet
+@pytest.mark.parametrize(
+    "case", THEIRS["efficient_mprt"], ids=lambda c: f"{c['abs']}-{c['n_bins']}"
+)
+def test_efficient_randomization(case, theirs_drawn):
+    """EfficientMPRT."""
+    method, model = Saliency(absolute=case["abs"]), model_of(of_file(), PROBE, TARGET)
+    metric, own = EfficientRandomization(case["n_bins"]), explained(method)
+    assert complexity(own.values, case["n_bins"]) == exactly(case["complexity"])
+    assert metric.assess(model, own, method) == exactly(case["value"])
+
+
+@quiet
 @pytest.mark.parametrize("absolute", [False, True])
-def test_change_of_the_map_under_noise(absolute):
-    """MaxSensitivity and AvgSensitivity: their formula, of our maps."""
-    method, theirs = Saliency(absolute=absolute), THEIRS["max_sensitivity"]
-    own = explained(method).values
-    ratios = []
-    for image in theirs["perturbed"]:
-        other = explained(method, image=numbers(image)[None]).values
-        ratios.append(float((own - other).norm() / own.norm()))
+def test_sensitivity(absolute, monkeypatch):
+    """MaxSensitivity, of the volumes that it drew; its radius is in intensities."""
+    near = [numbers(image)[None] for image in THEIRS["max_sensitivity"]["perturbed"]]
+    monkeypatch.setattr(SensitivityMax, "neighbors", lambda self, model: iter(near))
+    method, model = Saliency(absolute=absolute), model_of(of_file(), PROBE, TARGET)
+    found = SensitivityMax(len(near)).assess(model, explained(method), method)
     way = "absolute" if absolute else "signed"
-    assert max(ratios) == exactly(theirs["values"][f"MaxSensitivity_{way}"])
-    assert np.mean(ratios) == exactly(theirs["values"][f"AvgSensitivity_{way}"])
+    assert found == exactly(THEIRS["max_sensitivity"]["values"][f"MaxSensitivity_{way}"])
