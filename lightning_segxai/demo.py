@@ -52,6 +52,7 @@ def demo(out: str, run: Callable[[list[str]], Any]) -> None:
     console = Console()
     records = folder.read_records()
     console.print(_table(records))
+    console.print(_trust(records))
     dice = float(cli.trainer.callback_metrics["val_dice"])
     first, last = (_mean(_at(records, end), "mass_inside", METHOD) for end in (0, -1))
     console.print(f"final validation Dice   {dice:.3f}")
@@ -90,6 +91,18 @@ def _table(records: list[Record]) -> Table:
         now = _at(records, n)
         cells = [_mean(now, "dice", "")] + [_mean(now, "mass_inside", m) for m in methods]
         table.add_row(str(epoch), "untrained" if step == 0 else str(step), *cells)
+    return table
+
+
+def _trust(records: list[Record]) -> Table:
+    """What the network says to each method's last maps."""
+    table = Table(title="Whether the last maps are to be trusted (segxai metrics tells how to read)")
+    names = ("deletion", "deletion_random", "insertion", "randomization", "untrained_similarity")
+    for column in ("method", *names):
+        table.add_column(column, justify="right", overflow="fold")
+    last = [r for r in records if r.step == max(r.step for r in records)]
+    for method in dict.fromkeys(r.method for r in last if r.method):
+        table.add_row(method, *(_mean(last, name, method) for name in names))
     return table
 
 
