@@ -25,7 +25,10 @@ from lightning_segxai.focus.base import FocusMetric, ShiftMetric
 KINDS: tuple[tuple[type, str], ...] = (
     (FocusMetric, "focus: where one map lies"),
     (ShiftMetric, "shift: how far it moved from the first, previous and best map"),
-    (FaithfulnessMetric, "faithfulness: whether the network does what the map says (faithfulness=, assess)"),
+    (
+        FaithfulnessMetric,
+        "faithfulness: whether the network does what the map says (faithfulness=, assess)",
+    ),
 )
 ALWAYS = "of every observation: recorded where it can be, without being asked"
 _SETTING = 24  # characters of a default, at most

@@ -96,7 +96,9 @@ def _table(records: list[Record]) -> Table:
 
 def _trust(records: list[Record]) -> Table:
     """What the network says to each method's last maps."""
-    table = Table(title="Whether the last maps are to be trusted (segxai metrics tells how to read)")
+    table = Table(
+        title="Whether the last maps are to be trusted (segxai metrics tells how to read)"
+    )
     names = ("deletion", "deletion_random", "insertion", "randomization", "untrained_similarity")
     for column in ("method", *names):
         table.add_column(column, justify="right", overflow="fold")
