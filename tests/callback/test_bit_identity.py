@@ -17,6 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from pytorch_lightning.loggers import WandbLogger
 from tiny_training import (
     Diary,
@@ -209,7 +210,10 @@ def shrunk_experiment(root: Path, observed: bool) -> tuple[Any, dict[str, Any]]:
     asked = yaml.safe_load(EXPERIMENT.read_text())
     settings = asked["trainer"] | {"default_root_dir": root, "max_epochs": 1}
     logger = settings.pop("logger")["init_args"] | {"save_dir": str(root)}
-    monitor = AttributionMonitor(**asked["segxai"]) if observed else None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AttributionMonitor, "segxai")
+    segxai = parser.instantiate(parser.parse_object({"segxai": asked["segxai"]})).segxai
+    monitor = segxai if observed else None
     pl.seed_everything(asked["seed_everything"], verbose=False)
     net = UNet3d(**(asked["model"]["init_args"]["net"]["init_args"] | {"channels": 2}))
     task = SegmentationTask(net, lr=asked["model"]["init_args"]["lr"])
