@@ -18,8 +18,9 @@ from lightning_segxai.values import Attribution, Probe, Record
 SHAPE = (8, 9, 10)
 METHODS = {"saliency": Saliency(), "ixg": InputXGradient()}
 OF_LABELS = {
-    "mass_inside", "rank_inside", "pointing_hit", "average_precision", "mass_0_1_mm", "mass_1_3_mm", "mass_3_10_mm", "mass_beyond_10_mm", "thin_share",
-    "medium_share", "thick_share", "middle_share",
+    "mass_inside", "rank_inside", "pointing_hit", "average_precision", "mass_0_1_mm",
+    "mass_1_3_mm", "mass_3_10_mm", "mass_beyond_10_mm", "thin_share", "medium_share",
+    "thick_share", "middle_share",
 }  # fmt: skip
 
 
