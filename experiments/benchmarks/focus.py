@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,35 +53,44 @@ def a_probe(edge: int, name: str = "phantom") -> Probe:
 
 
 def metrics() -> None:
-    """All default metrics of one map, and of it against one other."""
+    """All default metrics of one map, and of it against three others."""
     torch.set_num_threads(1)
     probe = a_probe(128)
     label = probe.label
     assert label is not None
-    maps = [
-        Attribution(
-            probe, "vessel", "m", "", torch.randn(probe.shape), "a.u.", label > 0, label, 1.0
-        )
-        for _ in range(2)
-    ]
-    each: dict[str, float] = {}
-    for _ in range(2):  # the first time, distances and centerlines are made
-        for name, metric in default_metrics().items():
-            begin = time.process_time()
-            metric.measure(maps[0])
-            each[name] = time.process_time() - begin
-    focus = sum(each.values())
-    for name, shift in default_shifts().items():
+
+    def a_map() -> Attribution:
+        values = torch.randn(probe.shape)
+        return Attribution(probe, "vessel", "m", "", values, "a.u.", label > 0, label, 1.0)
+
+    each: dict[str, float] = defaultdict(float)
+
+    def take(name: str, metric: Callable[..., float | None], *maps: Attribution) -> None:
         begin = time.process_time()
-        shift.measure(maps[0], maps[1])
-        each[name] = time.process_time() - begin
+        metric(*maps)
+        each[name] += time.process_time() - begin
+
+    def total() -> float:
+        return sum(each.values())
+
+    for name, metric in default_metrics().items():  # distances and centerlines are made
+        take(name, metric.measure, a_map())
+    now, *earlier = (a_map() for _ in range(4))  # of these, nothing is kept yet
+    each.clear()
+    for name, metric in default_metrics().items():
+        take(name, metric.measure, now)
+    alone = total()
+    after = []
+    for then in earlier:
+        for name, shift in default_shifts().items():
+            take(name, shift.measure, now, then)
+        after.append(total())
     slowest = dict(sorted(each.items(), key=lambda item: -item[1])[:5])
-    whole = sum(each.values())
-    say("metrics of one 128^3 map, CPU seconds", whole, "<= 1", slowest=slowest)
-    say("... against three earlier maps", 3 * whole - 2 * focus, "none")
-    begin = time.process_time()
-    similarity(maps[0], maps[1])
-    say("untrained_similarity of it, CPU seconds", time.process_time() - begin, "none")
+    say("metrics of one 128^3 map, CPU seconds", alone, "none")
+    say("... and against one earlier map", after[0], "<= 1")
+    say("... against three earlier maps", after[-1], "<= 1", slowest=slowest)
+    take("untrained", similarity, now, earlier[0])
+    say("... and to the untrained network's", total(), "none")
 
 
 def share() -> None:
