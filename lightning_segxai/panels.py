@@ -105,7 +105,13 @@ def gray(anatomy: Float[Tensor, "i j"], view: View) -> Plane:
 
     Lifted by a power of 0.7: between vessels as bright as in angiography the tissue would be black.
     """
-    array = anatomy.detach().cpu().double().numpy()
+    array = anatomy.detach().cpu().double().contiguous().numpy()
+    return _gray(array.tobytes(), array.shape, view)
+
+
+@lru_cache(maxsize=8)  # all maps of a target have the same, at every validation
+def _gray(anatomy: bytes, shape: tuple[int, int], view: View) -> Plane:
+    array = np.frombuffer(anatomy, dtype=np.float64).reshape(shape)
     low, high = np.percentile(array, (1.0, 99.5))
     return np.clip(view((array - low) / max(high - low, 1e-12)), 0.0, 1.0) ** 0.7
 
@@ -162,7 +168,10 @@ def outlined(tile: Tile, mask: Bool[Tensor, "i j"], view: View) -> Tile:
     """The tile with a thin white line around the mask; it runs outside, so it hides nothing."""
     plane = mask.cpu().contiguous().numpy()
     alpha = _outline(plane.tobytes(), plane.shape, view)
-    return _bytes((1 - alpha) * tile + alpha * 255)
+    line = alpha[..., 0] > 0  # a small part of the tile
+    drawn = tile.copy()
+    drawn[line] = _bytes((1 - alpha[line]) * tile[line] + alpha[line] * 255)
+    return drawn
 
 
 @lru_cache(maxsize=8)  # all maps of a target have the same
@@ -191,5 +200,5 @@ def _positions(values: Float[Tensor, "i j"], mean: float, view: View) -> Plane:
     return np.where(above >= below, above, -below).clip(-1.0, 1.0)
 
 
-def _bytes(color: np.ndarray) -> Tile:
+def _bytes(color: np.ndarray) -> UInt8[np.ndarray, "*axes 3"]:
     return np.rint(np.clip(color, 0.0, 255.0)).astype(np.uint8)

@@ -12,24 +12,30 @@ the share of time that is not spent on explaining.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lightning_segxai import Attribution, Probe, UNet3d, tof_phantom
+from lightning_segxai import Attribution, AttributionMonitor, Probe, UNet3d, tof_phantom
+from lightning_segxai import observe as observation
 from lightning_segxai.chronicle import Chronicle
+from lightning_segxai.cli import run_lightning
 from lightning_segxai.defaults import (
     default_methods,
     default_metrics,
     default_shifts,
     default_targets,
 )
+from lightning_segxai.demo import demo as run_demo
 from lightning_segxai.failures import Failures
 from lightning_segxai.focus.ranks import similarity
 from lightning_segxai.folder import RunFolder
@@ -37,6 +43,8 @@ from lightning_segxai.observe import Questions, observe
 from lightning_segxai.scored import Predictor
 from lightning_segxai.sinks.base import Run
 from lightning_segxai.sinks.files import FileSink
+from lightning_segxai.sinks.wandb import WandbSink
+from lightning_segxai.timeline import Timeline
 
 
 def say(what: str, value: float, bound: str, **more: object) -> None:
@@ -130,7 +138,70 @@ def share() -> None:
         story.close()
 
 
-PARTS: dict[str, Callable[[], None]] = {"metrics": metrics, "share": share}
+@dataclass
+class Clock:
+    """How long functions took, less those inside that are watched too."""
+
+    now: Callable[[], float]
+    took: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    inside: list[float] = field(default_factory=list)
+
+    def watch(self, owner: Any, function: str, name: str) -> None:
+        """Let the time of a function, or of a method, count under a name."""
+        original = getattr(owner, function)
+
+        @functools.wraps(original)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.inside.append(0.0)
+            begin = self.now()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                whole = self.now() - begin
+                self.took[name] += whole - self.inside.pop()
+                if self.inside:
+                    self.inside[-1] += whole
+
+        setattr(owner, function, timed)
+
+
+PASSES, EXPLAINING = "passes", "explaining beside the passes"
+
+
+def demo() -> None:
+    """``segxai demo`` as it is; all that its monitor does, from setup to the artifact."""
+    hooks = [name for name in vars(AttributionMonitor) if name.startswith("on_")]
+    watched: tuple[tuple[Any, str, str], ...] = (
+        *((AttributionMonitor, name, "else") for name in (*hooks, "setup", "state_dict")),
+        (torch.autograd, "grad", PASSES),
+        (Predictor, "_run", PASSES),
+        (observation, "explain", EXPLAINING),
+        (observation, "measure", "metrics"),
+        (observation, "_shifts", "shifts"),
+        (observation, "_beside_untrained", "shifts"),
+        (Timeline, "references", "reading earlier maps"),
+        (observation, "render", "pictures"),
+        (FileSink, "open", "files"),
+        (FileSink, "write", "files"),
+        (WandbSink, "open", "W&B"),
+        (WandbSink, "write", "W&B"),
+        (WandbSink, "close", "W&B"),
+    )
+    clocks = {"CPU": Clock(time.process_time), "wall": Clock(time.perf_counter)}
+    for clock in clocks.values():
+        for place in watched:
+            clock.watch(*place)
+    with tempfile.TemporaryDirectory() as folder:
+        run_demo(folder, functools.partial(run_lightning, quiet=True))
+    for kind, clock in clocks.items():
+        whole = sum(clock.took.values())
+        share = {k: round(v / whole, 4) for k, v in sorted(clock.took.items(), key=lambda i: -i[1])}
+        say("demo: not passes", 1 - share[PASSES], "<= 0.15", by=kind, of=share, seconds=whole)
+        rest = 1 - share[PASSES] - share[EXPLAINING]
+        say("demo: not explaining", rest, "<= 0.15", by=kind)
+
+
+PARTS: dict[str, Callable[[], None]] = {"metrics": metrics, "share": share, "demo": demo}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.optimize import linprog
-from scipy.sparse import eye, kron, vstack
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from lightning_segxai.focus.base import ShiftMetric
@@ -62,11 +62,14 @@ class EarthMovers(ShiftMetric):
         demand = surplus[take] / surplus[take].sum()
         middles = self._middles(attribution)
         ways = np.linalg.norm(middles[give][:, None] - middles[take][None], axis=2)
-        rows = kron(eye(len(give)), np.ones((1, len(take))))
-        columns = kron(np.ones((1, len(give))), eye(len(take)))
+        ways_of = np.arange(ways.size)
+        leaving, arriving = ways_of // len(take), len(give) + ways_of % len(take)
+        sums = csr_array(
+            (np.ones(2 * ways.size), (np.append(leaving, arriving), np.tile(ways_of, 2)))
+        )
         plan = linprog(
             ways.ravel(),
-            A_eq=vstack([rows, columns]).tocsr()[:-1],  # the last follows from the others
+            A_eq=sums[:-1],  # the last follows from the others
             b_eq=np.concatenate([supply, demand])[:-1],
             method="highs-ds",
             options={"presolve": False},  # it takes a third of the time, and finds nothing
