@@ -120,12 +120,16 @@ def errors(
     anatomy: Float[Tensor, "i j"], masks: Mapping[str, Bool[Tensor, "i j"]], view: View
 ) -> Tile:
     """Colored masks over gray anatomy, whose relief stays faintly visible in them."""
-    relief = gray(anatomy, view)[..., None]
+    relief = gray(anatomy, view)
     cover = np.stack([np.clip(view(mask.float()), 0.0, 1.0) for mask in masks.values()])
     cover /= np.maximum(cover.sum(axis=0), 1.0)
     palette = np.array([colors.OUTCOMES[name] for name in masks], dtype=np.float64)
-    ink = np.einsum("nhw,nc->hwc", cover, palette) * (0.8 + 0.2 * relief)
-    return _bytes(ink + (1.0 - cover.sum(axis=0))[..., None] * 200.0 * relief)
+    bare, shine = (1.0 - cover.sum(axis=0)) * 200.0 * relief, 0.8 + 0.2 * relief
+    tile = np.empty((*relief.shape, 3), dtype=np.uint8)
+    for c in range(3):  # NumPy is slow along an axis as short as that of the colors
+        ink = sum(share * color for share, color in zip(cover, palette[:, c], strict=True))
+        tile[..., c] = _bytes(ink * shine + bare)
+    return tile
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,9 @@ def map_tiles(attribution: Attribution, k: int, view: View) -> MapTiles | None:
         * _FAINT
         * gray(attribution.probe.image[0, :, :, k], view)
     )
-    over = _bytes(colors.paint(cut, signed=signed) + fade[..., None])
+    over = colors.paint(cut, signed=signed)
+    for c in range(3):
+        over[..., c] = _bytes(over[..., c] + fade)
     return MapTiles(colors.paint(top, signed=signed), over, signed)
 
 
@@ -200,5 +206,5 @@ def _positions(values: Float[Tensor, "i j"], mean: float, view: View) -> Plane:
     return np.where(above >= below, above, -below).clip(-1.0, 1.0)
 
 
-def _bytes(color: np.ndarray) -> UInt8[np.ndarray, "*axes 3"]:
+def _bytes(color: np.ndarray) -> UInt8[np.ndarray, "*axes"]:
     return np.rint(np.clip(color, 0.0, 255.0)).astype(np.uint8)
