@@ -1,12 +1,13 @@
-"""What the metrics cost: one line of JSON for each number.
+"""What the metrics cost, and all else that is not explaining: one line of JSON for each number.
 
-    taskset -c 0 python experiments/benchmarks/focus.py            # all
-    taskset -c 0 python experiments/benchmarks/focus.py metrics    # some
+    OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmarks/focus.py            # all
+    OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmarks/focus.py metrics    # some
 
 ``metrics``: CPU seconds of all default focus metrics of one map of 128^3, once what is kept of the
-probe is there, and of all default shift metrics against one earlier map; there are up to three.
+probe is there, and of all default shift metrics against up to three earlier maps.
 ``share``: of an observation like the demo's (probes of its size, its network, files, without W&B),
 the share of time that is not spent on explaining.
+``demo``: where the time of the monitor goes in ``segxai demo``, W&B and all; two to four minutes.
 """
 
 from __future__ import annotations
