@@ -110,11 +110,15 @@ def paint(
     height = np.clip(np.abs(position), 0.0, 1.0)
     color = _interpolated(height, _POSITIVE if signed else _UNSIGNED)
     if signed:
-        color = np.where((position < 0)[..., None], _interpolated(height, _NEGATIVE), color)
-    return np.rint(color).astype(np.uint8)
+        below = position < 0
+        color[below] = _interpolated(height[below], _NEGATIVE)
+    return color
 
 
 def _interpolated(
     height: Float[np.ndarray, "*axes"], table: Float[np.ndarray, "stops 3"]
-) -> Float[np.ndarray, "*axes 3"]:
-    return np.stack([np.interp(height, _STOPS, table[:, c]) for c in range(3)], axis=-1)
+) -> UInt8[np.ndarray, "*axes 3"]:
+    color = np.empty((*height.shape, 3), dtype=np.uint8)
+    for c in range(3):
+        color[..., c] = np.rint(np.interp(height, _STOPS, table[:, c]))
+    return color

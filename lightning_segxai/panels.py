@@ -105,7 +105,13 @@ def gray(anatomy: Float[Tensor, "i j"], view: View) -> Plane:
 
     Lifted by a power of 0.7: between vessels as bright as in angiography the tissue would be black.
     """
-    array = anatomy.detach().cpu().double().numpy()
+    array = anatomy.detach().cpu().double().contiguous().numpy()
+    return _gray(array.tobytes(), array.shape, view)
+
+
+@lru_cache(maxsize=8)  # all maps of a target have the same, at every validation
+def _gray(anatomy: bytes, shape: tuple[int, int], view: View) -> Plane:
+    array = np.frombuffer(anatomy, dtype=np.float64).reshape(shape)
     low, high = np.percentile(array, (1.0, 99.5))
     return np.clip(view((array - low) / max(high - low, 1e-12)), 0.0, 1.0) ** 0.7
 
@@ -114,12 +120,16 @@ def errors(
     anatomy: Float[Tensor, "i j"], masks: Mapping[str, Bool[Tensor, "i j"]], view: View
 ) -> Tile:
     """Colored masks over gray anatomy, whose relief stays faintly visible in them."""
-    relief = gray(anatomy, view)[..., None]
+    relief = gray(anatomy, view)
     cover = np.stack([np.clip(view(mask.float()), 0.0, 1.0) for mask in masks.values()])
     cover /= np.maximum(cover.sum(axis=0), 1.0)
     palette = np.array([colors.OUTCOMES[name] for name in masks], dtype=np.float64)
-    ink = np.einsum("nhw,nc->hwc", cover, palette) * (0.8 + 0.2 * relief)
-    return _bytes(ink + (1.0 - cover.sum(axis=0))[..., None] * 200.0 * relief)
+    bare, shine = (1.0 - cover.sum(axis=0)) * 200.0 * relief, 0.8 + 0.2 * relief
+    tile = np.empty((*relief.shape, 3), dtype=np.uint8)
+    for c in range(3):  # NumPy is slow along an axis as short as that of the colors
+        ink = sum(share * color for share, color in zip(cover, palette[:, c], strict=True))
+        tile[..., c] = _bytes(ink * shine + bare)
+    return tile
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,9 @@ def map_tiles(attribution: Attribution, k: int, view: View) -> MapTiles | None:
         * _FAINT
         * gray(attribution.probe.image[0, :, :, k], view)
     )
-    over = _bytes(colors.paint(cut, signed=signed) + fade[..., None])
+    over = colors.paint(cut, signed=signed)
+    for c in range(3):
+        over[..., c] = _bytes(over[..., c] + fade)
     return MapTiles(colors.paint(top, signed=signed), over, signed)
 
 
@@ -162,7 +174,10 @@ def outlined(tile: Tile, mask: Bool[Tensor, "i j"], view: View) -> Tile:
     """The tile with a thin white line around the mask; it runs outside, so it hides nothing."""
     plane = mask.cpu().contiguous().numpy()
     alpha = _outline(plane.tobytes(), plane.shape, view)
-    return _bytes((1 - alpha) * tile + alpha * 255)
+    line = alpha[..., 0] > 0  # a small part of the tile
+    drawn = tile.copy()
+    drawn[line] = _bytes((1 - alpha[line]) * tile[line] + alpha[line] * 255)
+    return drawn
 
 
 @lru_cache(maxsize=8)  # all maps of a target have the same
@@ -191,5 +206,5 @@ def _positions(values: Float[Tensor, "i j"], mean: float, view: View) -> Plane:
     return np.where(above >= below, above, -below).clip(-1.0, 1.0)
 
 
-def _bytes(color: np.ndarray) -> Tile:
+def _bytes(color: np.ndarray) -> UInt8[np.ndarray, "*axes"]:
     return np.rint(np.clip(color, 0.0, 255.0)).astype(np.uint8)

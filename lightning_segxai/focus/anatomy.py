@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_segxai.focus.base import FocusMetric
-from lightning_segxai.focus.location import magnitude, region_of
+from lightning_segxai.focus.kept import made_once, magnitude
+from lightning_segxai.focus.location import distance_from, region_of
 from lightning_segxai.values import Attribution
 from lightning_segxai.vessels import caliber_mm, centerline, distance_mm, wall_distance_mm
 
@@ -109,8 +111,7 @@ class MassAtDistance(FocusMetric):
         wall = _wall(attribution, self.region)
         if wall is None:
             return None
-        mass = magnitude(attribution)
-        return _share(mass[_in_band(wall, self.above, self.below)], mass)
+        return _share_in_band(magnitude(attribution), wall, self.above, self.below)
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,11 @@ class MassAtCaliber(FocusMetric):
         mass = magnitude(attribution)[inside]
         if not bool(mass.any()):
             return None
-        caliber = caliber_mm(inside, attribution.probe.spacing_mm)[inside]
-        return _share(mass[_in_band(caliber, self.above, self.below)], mass)
+        spacing = attribution.probe.spacing_mm
+        caliber = made_once(
+            attribution, ("caliber", self.region), lambda: caliber_mm(inside, spacing)[inside]
+        )
+        return _share_in_band(mass, caliber, self.above, self.below)
 
 
 @dataclass(frozen=True)
@@ -220,21 +224,29 @@ class ReachQuantile(FocusMetric):
             )
 
     def measure(self, attribution: Attribution) -> float | None:
-        region = region_of(attribution, self.region)
-        if region is None:
+        distance = distance_from(attribution, self.region)
+        if distance is None:
             return None
-        distance = distance_mm(region, attribution.probe.spacing_mm).flatten()
-        mass = magnitude(attribution).flatten()
+        mass = magnitude(attribution)
         # the last bits of a sum must not send a share of 1 beyond the last voxel with attribution
         enough = self.share * float(mass.sum()) * (1.0 - 1e-12)
         # first the bin in which it is reached, so that only that bin must be sorted
-        bins = (distance * ((_BINS - 1) / max(float(distance.max()), 1e-30))).long()
-        reached = torch.bincount(bins, weights=mass, minlength=_BINS).cumsum(0)
-        bin_ = min(int((reached < enough).sum()), int(bins.max()))
+        bins = made_once(attribution, ("bins", self.region), partial(_bins, distance))
+        reached = made_once(
+            attribution,
+            ("reached", self.region),
+            lambda: torch.bincount(bins.flatten(), weights=mass.flatten()).cumsum(0),
+        )
+        bin_ = min(int((reached < enough).sum()), len(reached) - 1)
         before = float(reached[bin_ - 1]) if bin_ else 0.0
-        near, order = distance[bins == bin_].sort()
-        within = before + mass[bins == bin_][order].cumsum(0)
+        inside = bins == bin_
+        near, order = distance[inside].sort()
+        within = before + mass[inside][order].cumsum(0)
         return float(near[min(int((within < enough).sum()), len(near) - 1)])
+
+
+def _bins(distance: Float[Tensor, "i j k"]) -> Int[Tensor, "i j k"]:
+    return (distance * ((_BINS - 1) / max(float(distance.max()), 1e-30))).int()
 
 
 def _wall(attribution: Attribution, region: str) -> Float[Tensor, "i j k"] | None:
@@ -242,7 +254,8 @@ def _wall(attribution: Attribution, region: str) -> Float[Tensor, "i j k"] | Non
     inside = region_of(attribution, region)
     if inside is None or bool(inside.all()):
         return None
-    return wall_distance_mm(inside, attribution.probe.spacing_mm)
+    spacing = attribution.probe.spacing_mm
+    return made_once(attribution, ("wall", region), lambda: wall_distance_mm(inside, spacing))
 
 
 def _in_band(
@@ -256,8 +269,9 @@ def _in_band(
     return chosen
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    return min(1.0, float(part.sum() / whole.sum()))
+def _share_in_band(mass: Tensor, place: Tensor, above: float | None, below: float | None) -> float:
+    within = _in_band(place, above, below).double()
+    return min(1.0, float(torch.vdot(mass.flatten(), within.flatten()) / mass.sum()))
 
 
 def _check_band(metric: FocusMetric, above: float | None, below: float | None) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lightning_segxai.focus.base import FocusMetric
-from lightning_segxai.focus.location import magnitude
+from lightning_segxai.focus.kept import magnitude
 from lightning_segxai.values import Attribution
 
 
@@ -43,5 +45,5 @@ class SignBalance(FocusMetric):
     reading = "1: all speaks for the target; 0: as much against it; -1: all against."
 
     def measure(self, attribution: Attribution) -> float | None:
-        values = attribution.values.detach().double()
-        return min(1.0, max(-1.0, float(values.sum() / values.abs().sum())))
+        net = attribution.values.detach().sum(dtype=torch.float64)
+        return min(1.0, max(-1.0, float(net / magnitude(attribution).sum())))

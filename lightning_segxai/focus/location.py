@@ -13,13 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_segxai.focus.base import FocusMetric
+from lightning_segxai.focus.kept import made_once, magnitude, ordered
 from lightning_segxai.values import Attribution
 from lightning_segxai.vessels import distance_mm
-
-
-def magnitude(attribution: Attribution) -> Float[Tensor, "i j k"]:
-    """``|a|`` of each voxel, in float64."""
-    return attribution.values.detach().double().abs()
 
 
 def region_of(attribution: Attribution, name: str) -> Bool[Tensor, "i j k"] | None:
@@ -41,16 +37,30 @@ def region_of(attribution: Attribution, name: str) -> Bool[Tensor, "i j k"] | No
     return region if region is not None and bool(region.any()) else None
 
 
-def topmost(values: Float[Tensor, "i j k"], count: int) -> Float[Tensor, "i j k"]:
-    """Membership of each voxel in the ``count`` largest, in [0, 1]; it sums to ``count``.
+def distance_from(attribution: Attribution, name: str) -> Float[Tensor, "i j k"] | None:
+    """Distance of each voxel from the region of that name, in mm; None without the region."""
+    region = region_of(attribution, name)
+    if region is None:
+        return None
+    spacing = attribution.probe.spacing_mm
+    return made_once(attribution, ("distance", name), lambda: distance_mm(region, spacing))
 
-    Voxels tied for the last places share them. A map with plateaus (a coarse layer, a ReLU) is
-    then not judged by the order in which its voxels happen to be stored.
+
+def topmost(
+    attribution: Attribution, count: int, voxels: Bool[Tensor, "i j k"]
+) -> Float[Tensor, " chosen"]:
+    """Membership of the chosen voxels in the ``count`` largest ``|a|``, in [0, 1].
+
+    Of all voxels it sums to ``count``. Voxels tied for the last places share them. A map with
+    plateaus (a coarse layer, a ReLU) is then not judged by the order in which its voxels happen to
+    be stored.
     """
-    last = float(np.partition(values.numpy(), -count, axis=None)[-count])
-    above, tied = values > last, values == last
-    share = (count - above.sum()) / tied.sum().double()
-    return above.double() + tied * share
+    ascending, values = ordered(attribution), magnitude(attribution)[voxels]
+    last = ascending[-count]
+    below = int(torch.searchsorted(ascending, last))
+    above = len(ascending) - int(torch.searchsorted(ascending, last, right=True))
+    share = (count - above) / (len(ascending) - above - below)
+    return (values > last).double() + (values == last).double() * share
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,8 @@ class RankInside(FocusMetric):
         region = region_of(attribution, self.region)
         if region is None:
             return None
-        count = int(region.sum())
-        return min(1.0, float(topmost(magnitude(attribution), count)[region].sum() / count))
+        count = int(region.count_nonzero())
+        return min(1.0, float(topmost(attribution, count, region).sum() / count))
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class PointingHit(FocusMetric):
             return None
         mass = magnitude(attribution)
         strongest = mass == mass.max()
-        return float((strongest & region).sum() / strongest.sum().double())
+        return float((strongest & region).count_nonzero() / strongest.count_nonzero().double())
 
 
 @dataclass(frozen=True)
@@ -176,10 +186,10 @@ class AveragePrecision(FocusMetric):
             return None
         mass = magnitude(attribution)
         # Recall only grows at values that occur inside, and those are few.
-        ordered = np.sort(mass.numpy(), axis=None)
+        ascending = ordered(attribution).numpy()
         thresholds, hits = np.unique(mass[region].numpy(), return_counts=True)
         true = np.cumsum(hits[::-1])[::-1]
-        chosen = ordered.size - np.searchsorted(ordered, thresholds, side="left")
+        chosen = ascending.size - np.searchsorted(ascending, thresholds, side="left")
         return min(1.0, float(np.sum(hits * (true / chosen)) / true[0]))
 
 
@@ -203,9 +213,8 @@ class Reach(FocusMetric):
     reading = "How far from the region the network looks on average: the context that it uses."
 
     def measure(self, attribution: Attribution) -> float | None:
-        region = region_of(attribution, self.region)
-        if region is None:
+        distance = distance_from(attribution, self.region)
+        if distance is None:
             return None
         mass = magnitude(attribution)
-        distance = distance_mm(region, attribution.probe.spacing_mm)
         return float(torch.vdot(mass.flatten(), distance.double().flatten()) / mass.sum())

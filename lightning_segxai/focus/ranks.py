@@ -15,16 +15,41 @@ from lightning_segxai.values import Attribution
 
 def ranks(values: Float[Tensor, "i j k"]) -> Float[Tensor, " voxels"]:
     """The rank of each voxel, tied ones given their mean rank, less the mean of all ranks."""
-    # Ranks need no float64, and narrow types sort faster; only bfloat16 is unknown to numpy.
     values = values.detach().flatten()
-    numbers = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+    if values.dtype is torch.float64:
+        order, larger = _argsorted(values.numpy())
+    else:
+        order, larger = _sorted_words(values.float().numpy())
+    found = np.arange(order.size, dtype=np.float64)
+    tied = ~larger
+    tied[:-1] |= tied[1:]  # the first of a run of equal ones, too
+    places = np.flatnonzero(tied)
+    run = np.cumsum(larger[places]) - 1
+    found[places] = (np.bincount(run, weights=places) / np.bincount(run))[run]
+    result = np.empty_like(found)
+    result[order] = found - (order.size - 1) / 2
+    return torch.from_numpy(result)
+
+
+def _argsorted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the ascending numbers stand, and whether each is larger than the one before it."""
     order = np.argsort(numbers)
-    ordered = numbers[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    sizes = np.diff(starts, append=ordered.size)
-    found = np.empty(ordered.size)
-    found[order] = np.repeat(starts + (sizes - ordered.size) / 2, sizes)
-    return torch.from_numpy(found)
+    ascending = numbers[order]
+    return order, np.concatenate(([True], ascending[1:] > ascending[:-1]))
+
+
+def _sorted_words(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `_argsorted`, of float32 in half the time: numbers and places are sorted as one word.
+
+    The bits of a float, read as an integer, are in the order of the floats, but that negative ones
+    are in reverse until all bits below the sign are flipped.
+    """
+    bits = (numbers + np.float32(0.0)).view(np.int32)  # + 0.0: no negative zero
+    words = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32
+    words |= np.arange(numbers.size, dtype=np.int64)
+    words.sort()
+    ascending = words >> 32
+    return words & 0xFFFFFFFF, np.concatenate(([True], ascending[1:] > ascending[:-1]))
 
 
 def correlation(one: Float[Tensor, " voxels"], other: Float[Tensor, " voxels"]) -> float | None:

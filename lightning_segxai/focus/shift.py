@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lightning_segxai.focus.base import ShiftMetric
-from lightning_segxai.focus.location import magnitude, topmost
+from lightning_segxai.focus.kept import made_once, magnitude, ordered
+from lightning_segxai.focus.location import topmost
 from lightning_segxai.focus.ranks import correlation, ranks
 from lightning_segxai.values import Attribution
 
 
-def _center_mm(attribution: Attribution) -> tuple[float, float, float]:
-    mass = magnitude(attribution)
-    total = mass.sum()
+def _center_mm(attribution: Attribution) -> Float[Tensor, "3"]:
+    def find() -> Tensor:
+        mass = magnitude(attribution)
+        total, plane = mass.sum(), mass.sum(dim=0)  # the volume is gone through as seldom as can be
+        profiles = mass.sum(dim=(1, 2)), plane.sum(dim=1), plane.sum(dim=0)
+        indices = [p / total @ torch.arange(len(p), dtype=torch.float64) for p in profiles]
+        return torch.stack(indices) * torch.tensor(
+            attribution.probe.spacing_mm, dtype=torch.float64
+        )
 
-    def along(axis: int) -> float:
-        others = [other for other in range(3) if other != axis]
-        profile = mass.sum(dim=others) / total
-        indices = torch.arange(len(profile), dtype=torch.float64)
-        return float(profile @ indices) * attribution.probe.spacing_mm[axis]
-
-    return along(0), along(1), along(2)
+    return made_once(attribution, "center", find)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class RankCorrelation(ShiftMetric):
     reading = "1: voxels in the same order of importance as then; 0: no relation."
 
     def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
-        return correlation(ranks(attribution.values), ranks(reference.values))
+        own, other = (
+            made_once(a, "ranks", partial(ranks, a.values)) for a in (attribution, reference)
+        )
+        return correlation(own, other)
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,8 @@ class TopOverlap(ShiftMetric):
 
     def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
         count = math.ceil(self.fraction * attribution.values.numel())
-        now = topmost(magnitude(attribution), count)
-        then = topmost(magnitude(reference), count)
+        voxels = magnitude(attribution) >= ordered(attribution)[-count]  # no other is a member now
+        now, then = (topmost(a, count, voxels) for a in (attribution, reference))
         return min(1.0, float(torch.minimum(now, then).sum() / count))
 
 
@@ -103,4 +110,4 @@ class CenterShift(ShiftMetric):
     reading = "How far the middle of the attribution moved."
 
     def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
-        return math.dist(_center_mm(attribution), _center_mm(reference))
+        return float(torch.dist(_center_mm(attribution), _center_mm(reference)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
 from lightning_segxai.focus.base import ShiftMetric
+from lightning_segxai.focus.kept import made_once
 from lightning_segxai.values import Attribution
 
 
@@ -54,28 +54,37 @@ class StructuralSimilarity(ShiftMetric):
             )
 
     def measure(self, attribution: Attribution, reference: Attribution) -> float | None:
-        now, then = _scaled(attribution), _scaled(reference)
-        size = [min(self.window, edge) for edge in now.shape]
+        size = [min(self.window, edge) for edge in attribution.values.shape]
         voxels = math.prod(size)
         if voxels < 2:
             return None
-        span = float(torch.maximum(now.max(), then.max()) - torch.minimum(now.min(), then.min()))
+        _, center_now, most_now, least_now = _landmarks(attribution).tolist()
+        _, center_then, most_then, least_then = _landmarks(reference).tolist()
+        span = max(most_now, most_then) - min(least_now, least_then)
         if span == 0.0:
             return 1.0  # both are the same everywhere, and equal
-        # around their centers, beside which small variances would be lost
-        center_now, center_then = now.mean(), then.mean()
-        now, then = now - center_now, then - center_then
-        means = partial(_means, size=size, stride=self.stride)
-        m_now, m_then = means(now), means(then)
-        sample = voxels / (voxels - 1)
-        v_now = sample * (means(now * now) - m_now**2)
-        v_then = sample * (means(then * then) - m_then**2)
-        shared = sample * (means(now * then) - m_now * m_then)
+        m_now, v_now = self._windows(attribution, size)
+        m_then, v_then = self._windows(reference, size)
+        both = _means(_centered(attribution) * _centered(reference), size, self.stride)
+        shared = voxels / (voxels - 1) * (both - m_now * m_then)
         c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
         m_now, m_then = m_now + center_now, m_then + center_then
         alike = (2 * m_now * m_then + c1) * (2 * shared + c2)
         most = (m_now**2 + m_then**2 + c1) * (v_now + v_then + c2)
         return min(1.0, max(-1.0, float((alike / most).mean())))
+
+    def _windows(
+        self, attribution: Attribution, size: list[int]
+    ) -> Float[Tensor, "2 windows_i windows_j windows_k"]:
+        """Mean and sample variance in each cube, of the centered map."""
+
+        def find() -> Tensor:
+            values, voxels = _centered(attribution), math.prod(size)
+            mean = _means(values, size, self.stride)
+            square = _means(values * values, size, self.stride)
+            return torch.stack((mean, voxels / (voxels - 1) * (square - mean**2)))
+
+        return made_once(attribution, ("windows", *size, self.stride), find)
 
 
 def _means(
@@ -84,6 +93,24 @@ def _means(
     return avg_pool3d(values[None], size, stride)[0]
 
 
-def _scaled(attribution: Attribution) -> Float[Tensor, "i j k"]:
-    values = attribution.values.detach().double()
-    return values / values.abs().max()
+def _landmarks(attribution: Attribution) -> Float[Tensor, "4"]:
+    """The largest magnitude; mean, largest and least value of the map divided by it."""
+
+    def find() -> Tensor:
+        values = attribution.values.detach()
+        most, least = values.max().double(), values.min().double()
+        magnitude = torch.maximum(most, -least)
+        found = torch.stack((values.mean(dtype=torch.float64), most, least)) / magnitude
+        return torch.cat((magnitude[None], found))
+
+    return made_once(attribution, "landmarks", find)
+
+
+def _centered(attribution: Attribution) -> Float[Tensor, "i j k"]:
+    """The map divided by its largest magnitude, less its mean, beside which variances get lost."""
+
+    def find() -> Tensor:
+        magnitude, center, _, _ = _landmarks(attribution)
+        return (attribution.values.detach().double() / magnitude).sub_(center)
+
+    return made_once(attribution, "centered", find)

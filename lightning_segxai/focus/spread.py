@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_segxai.focus.base import FocusMetric
-from lightning_segxai.focus.location import magnitude
+from lightning_segxai.focus.kept import made_once, magnitude, ordered
 from lightning_segxai.values import Attribution
 
 
 def _entropy(attribution: Attribution) -> float:
-    mass = magnitude(attribution)
-    return max(0.0, float(torch.special.entr(mass / mass.sum()).sum()))
+    def sum_up() -> Tensor:
+        mass = magnitude(attribution)
+        return torch.special.entr(mass / mass.sum()).sum()
+
+    return max(0.0, float(made_once(attribution, "entropy", sum_up)))
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class Gini(FocusMetric):
     reading = "0: all voxels alike; near 1: a few voxels hold all attribution."
 
     def measure(self, attribution: Attribution) -> float | None:
-        ordered = np.sort(magnitude(attribution).numpy(), axis=None)
-        n = ordered.size
-        ranks = np.arange(1 - n, n, 2, dtype=np.float64)
-        return max(0.0, float(ranks @ ordered / (n * ordered.sum())))
+        ascending = ordered(attribution)
+        n = len(ascending)
+        ranks = torch.arange(1 - n, n, 2, dtype=torch.float64)
+        return max(0.0, float(ranks @ ascending / (n * ascending.sum())))
 
 
 @dataclass(frozen=True)

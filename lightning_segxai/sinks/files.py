@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import platform
+import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -81,5 +82,6 @@ def _versions() -> dict[str, str]:
 
 def _png(picture: Image.Image) -> bytes:
     content = io.BytesIO()
-    picture.save(content, "PNG", compress_level=4)  # half the time of 6, for 6 % more bytes
+    # runs only: two fifths of the usual time, for 16 % more bytes
+    picture.save(content, "PNG", compress_type=zlib.Z_RLE)
     return content.getvalue()

@@ -100,7 +100,11 @@ class WandbSink(Sink):
         row |= means(run.monitor, observation.records)
         if _shown(past, len(panels) + self.table):
             for probe, panel in panels.items():
-                row[f"{run.monitor}/probe/{probe}"] = wandb.Image(panel)
+                file = run.folder.panel_path(probe, *now)
+                # to compress it a second time would take longer than all metrics
+                row[f"{run.monitor}/probe/{probe}"] = wandb.Image(
+                    str(file) if file.exists() else panel
+                )
             if self.table:
                 columns, rows = _tabulate([*before, *observation.records])
                 kinds = [int, int, str, str, str] + [float] * (len(columns) - len(_KEYS))

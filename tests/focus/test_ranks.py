@@ -29,6 +29,17 @@ def test_ranks_are_scipys_about_their_mean(values):
     np.testing.assert_allclose(ranks(torch.from_numpy(values).double()), expected)
 
 
+@pytest.mark.parametrize("width", [32, 64])
+@given(data=st.data())
+def test_ranks_of_any_floats_are_scipys(width, data):
+    """Negative zero, subnormal and huge numbers too; each type is sorted in a way of its own."""
+    numbers = st.floats(width=width, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0])
+    values = data.draw(hnp.arrays(np.dtype(f"f{width // 8}"), SHAPE, elements=numbers))
+    expected = rankdata(values.ravel()) - (values.size + 1) / 2
+
+    np.testing.assert_array_equal(ranks(torch.from_numpy(values)), expected)
+
+
 @given(now=coarse_maps.filter(varied), then=coarse_maps.filter(varied))
 def test_similarity_is_scipys_of_magnitudes(now, then):
     """The sign of a map does not count."""

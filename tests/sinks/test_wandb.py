@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from wandb_log import read_runs
 
 from lightning_segxai.folder import RunFolder
@@ -52,6 +54,12 @@ def records_at(step: int) -> tuple[Record, ...]:
 def an_observation(step: int) -> Observation:
     panels = {p.name: Image.new("RGB", (8, 6), (200, 10 * n, step)) for n, p in enumerate(PROBES)}
     return Observation(step // 10, step, step - 1, (), records_at(step), {}, panels)
+
+
+def a_note() -> PngInfo:
+    note = PngInfo()
+    note.add_text("by", "the file sink")
+    return note
 
 
 def a_run(root, loggers=(), run_id="r1") -> Run:
@@ -210,6 +218,31 @@ def test_table_does_not_ask_which_sink_came_first(tmp_path):
     before, after = (metrics["segxai/table"].data for _, metrics in logger.rows)
     assert before == after
     assert len(after) == 2
+
+
+def test_a_picture_that_is_a_file_already_is_not_compressed_again(offline, tmp_path):
+    """W&B gets the run's file to the last byte; where there is none, the same picture."""
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
+
+    wandb.finish()
+    wandb.teardown()  # the disabled run of another test would take the logger's place
+    logger = WandbLogger(project="test", save_dir=str(offline), id="r1")
+    run, seen = a_run(tmp_path / "r1", [logger]), an_observation(10)
+    file = run.folder.panel_path("left", 1, 10)
+    noted = io.BytesIO()  # the same picture, but no sink would write it so
+    seen.panels["left"].save(noted, "PNG", pnginfo=a_note())
+    run.folder.write_bytes(file, noted.getvalue())
+
+    WandbSink().write(run, seen)
+    wandb.finish()
+    wandb.teardown()
+
+    [found] = read_runs(offline)
+    [row] = found.history
+    assert found.file(row["segxai/probe/left"]).read_bytes() == file.read_bytes()
+    with Image.open(found.file(row["segxai/probe/right"])) as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(seen.panels["right"]))
 
 
 def test_means_are_over_the_probes_that_have_a_value():
