@@ -21,6 +21,7 @@ _HOMES = {
     "data.intensity": ["ForegroundNormalization", "PercentileScaling"],
     "data.module": ["MRADataModule"],
     "data.phantom": ["Phantom", "paint_tof", "tof_phantom"],
+    "data.planted": ["Planted", "planted_spots", "planted_tubes"],
     "data.probes": ["ProbeFile", "read_probe"],
     "data.sampling": [
         "BalancedSampling",

@@ -79,7 +79,7 @@ def voxel_rho(
     return np.sqrt(axes[0][:, None, None] + axes[1][:, None] + axes[2])
 
 
-def _texture(
+def texture(
     shape: tuple[int, int, int],
     spacing_mm: tuple[float, float, float],
     grain_mm: float,
@@ -105,12 +105,12 @@ def _tissue(
 ) -> Float32[np.ndarray, "i j k"]:
     """White and gray matter, fluid, skull, scalp and air, without vessels."""
     size = float(np.prod(head.semi_mm) ** (1 / 3))
-    folds = np.abs(_texture(shape, spacing_mm, 0.085 * size, rng))
-    coarse = _texture(shape, spacing_mm, 0.3 * size, rng)
+    folds = np.abs(texture(shape, spacing_mm, 0.085 * size, rng))
+    coarse = texture(shape, spacing_mm, 0.3 * size, rng)
     rho = voxel_rho(head, shape, spacing_mm)
     shell = rho + 0.02 * coarse  # no head is an ellipsoid
     image = np.where(folds < 0.6 * np.clip((rho - 0.45) * 3, 0, 1), 122.0, 98.0)  # gray, white
-    image += 8 * coarse + 9 * _texture(shape, spacing_mm, 1.5 * max(spacing_mm), rng)
+    image += 8 * coarse + 9 * texture(shape, spacing_mm, 1.5 * max(spacing_mm), rng)
     image[folds < 0.16 * np.clip((rho - 0.55) * 4, 0, 1)] = 42.0  # sulci
     (x, y, z), (a, b, c) = head.center_mm, head.semi_mm
     for side in (-1, 1):
@@ -148,7 +148,7 @@ def scan(
     blood = blood * slabs[voxels % shape[2]]
     image.flat[voxels] = (1 - fraction) * image.flat[voxels] + fraction * blood
     extent = max(n * edge for n, edge in zip(shape, spacing_mm, strict=True))
-    coil = np.tanh(_texture(shape, spacing_mm, 0.6 * extent, rng))
+    coil = np.tanh(texture(shape, spacing_mm, 0.6 * extent, rng))
     image *= 1 + contrast.bias * (coil - coil.mean())
     blurred = ndimage.gaussian_filter(image, contrast.psf_voxels, truncate=3.0)
     return noisy(blurred, contrast.noise, contrast.psf_voxels, rng)
