@@ -5,15 +5,21 @@ The full table of methods and kinds is `experiments/benchmarks/planted.py`.
 
 from __future__ import annotations
 
+import copy
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from planted_nets import held_out_dice, planted_case
+from torch import nn
 
+from lightning_segxai.assess import assess
 from lightning_segxai.examine import examine
+from lightning_segxai.faithfulness import Randomization
 from lightning_segxai.focus.location import MassInside
+from lightning_segxai.methods.base import AttributionMethod
 from lightning_segxai.methods.deeplift import DeepLift
 from lightning_segxai.methods.gradients import InputXGradient, Saliency
 from lightning_segxai.methods.noise import SmoothGrad
@@ -56,6 +62,37 @@ def test_faithful_methods_beat_their_random_map(kind, seed):
     }
     assert held_out_dice(kind, seed) > 0.75
     assert not lost
+
+
+@dataclass(frozen=True)
+class Reinitialized(AttributionMethod):
+    """Broken: the gradient of a network of other weights than the one it is asked about."""
+
+    net: nn.Module
+
+    def attribute(self, model, x):
+        other = replace(model.predictor, module=self.net, parameters={})
+        return Saliency().attribute(replace(model, predictor=other), x)
+
+
+def test_a_broken_method_fails_randomization(seed):
+    """It stays the same map to the end; the faithful gradient is lost, in ten seeds of ten."""
+    case = planted_case("spots", seed)
+    other = copy.deepcopy(case.net)
+    torch.manual_seed(seed)
+    for part in other.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    methods = {"broken": Reinitialized(other.eval()), "saliency": Saliency()}
+
+    maps = examine(case.net, [case.probe], TARGETS, methods, seed=seed)
+    rows = assess(
+        case.net, maps, TARGETS, {"randomization": Randomization()}, methods=methods, seed=seed
+    )
+
+    broken, faithful = (r.value for r in rows)
+    assert broken > 0.999
+    assert faithful < 0.8
 
 
 def test_the_trained_network_decides_by_the_band(seed):
