@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faithfulness.held import map_of, model_of
-from focus.maps import attribution_of
 from nets_for_tests import close
 
 from lightning_segxai.explain import explain
@@ -41,8 +39,11 @@ from lightning_segxai.targets import ClassEvidence
 from lightning_segxai.values import Probe
 
 ORACLES = Path(__file__).parent / "oracles"
-sys.path.insert(0, str(ORACLES))
-from make_quantus import network, volumes  # noqa: E402 - its folder is no package
+for place in (ORACLES, Path(__file__).parent / "faithfulness", Path(__file__).parent / "focus"):
+    sys.path.insert(0, str(place))
+from held import map_of, model_of  # noqa: E402 - their folders are no packages
+from make_quantus import network, volumes  # noqa: E402
+from maps import attribution_of  # noqa: E402
 
 THEIRS = json.loads((ORACLES / "quantus.json").read_text(encoding="utf-8"))
 
