@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from focus.maps import attribution_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from maps import attribution_of
 
 from lightning_segxai.focus.balance import SignBalance, TotalMass
 

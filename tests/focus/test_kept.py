@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from focus.maps import attribution_of
+from maps import attribution_of
 
 from lightning_segxai.defaults import default_metrics, default_shifts
 from lightning_segxai.focus import kept

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from focus.maps import attribution_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from maps import attribution_of
 from sklearn.metrics import average_precision_score
 
 from lightning_segxai.focus.location import (

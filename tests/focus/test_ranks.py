@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from focus.maps import attribution_of
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from maps import attribution_of
 from scipy.stats import rankdata, spearmanr
 
 from lightning_segxai.focus.ranks import agreement, ranks, similarity

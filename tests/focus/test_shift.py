@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from focus.maps import attribution_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from maps import attribution_of
 from scipy.ndimage import center_of_mass
 from scipy.stats import spearmanr
 
