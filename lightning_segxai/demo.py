@@ -99,10 +99,12 @@ def _trust(records: list[Record]) -> Table:
     table = Table(
         title="Whether the last maps are to be trusted (segxai metrics tells how to read)"
     )
-    names = ("deletion", "deletion_random", "insertion", "randomization", "untrained_similarity")
-    for column in ("method", *names):
-        table.add_column(column, justify="right", overflow="fold")
-    last = [r for r in records if r.step == max(r.step for r in records)]
+    names = ("deletion", "deletion_random", "insertion", "randomization")
+    table.add_column("method", no_wrap=True)
+    for name in names:
+        table.add_column(name.replace("_", "\n"), justify="right")
+    end = max(r.step for r in records)
+    last = [r for r in records if r.step == end]
     for method in dict.fromkeys(r.method for r in last if r.method):
         table.add_row(method, *(_mean(last, name, method) for name in names))
     return table
